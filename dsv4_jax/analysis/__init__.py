@@ -1,0 +1,1 @@
+"""What a configuration costs and what a model did: counts, budgets, audits."""

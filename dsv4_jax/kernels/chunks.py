@@ -1,0 +1,41 @@
+"""Walking over queries in chunks, so that scores never exceed a fixed amount of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Elements of the largest temporary of one chunk. Small enough for a CPU's outer caches and any accelerator's memory,
+# large enough that the loop's own cost disappears.
+SCORE_ELEMENTS = 1 << 22
+
+
+def chunk_length(length: int, elements_per_query: int, multiple: int = 1) -> int:
+    """Queries per chunk: as many as keep `elements_per_query * chunk` within SCORE_ELEMENTS, at least `multiple`."""
+    fit = max(SCORE_ELEMENTS // max(elements_per_query, 1), 1)
+    chunk = min(max(fit // multiple, 1) * multiple, -(-length // multiple) * multiple)
+    count = -(-length // chunk)
+    return -(-length // (count * multiple)) * multiple  # even out, so that the last chunk is not mostly padding
+
+
+def split(tree: Any, chunk: int, fill: Any = 0) -> Any:
+    """Each leaf [B, S, ...] -> [S'/chunk, B, chunk, ...], padded at the end with `fill`."""
+
+    def one(x: jax.Array) -> jax.Array:
+        pad = -x.shape[1] % chunk
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(one, tree)
+
+
+def join(tree: Any, length: int) -> Any:
+    """The inverse of `split`: [N, B, chunk, ...] -> [B, S, ...]."""
+
+    def one(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,119 @@
+"""Attention, all kinds: window branch (+) compressed branch (+) sink (report 2.3)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config, LayerSpec
+from dsv4_jax.kernels.indexer_topk import IndexOperands, index_loss, index_topk
+from dsv4_jax.kernels.sparse_attention import gather_attention, merge, range_attention, window_attention
+from dsv4_jax.layers.compressor import Compressor
+from dsv4_jax.layers.indexer import Indexer
+from dsv4_jax.layers.layout import Blocks, Layout
+from dsv4_jax.layers.norm import dense, rms_norm
+from dsv4_jax.layers.parameters import normal, parameter
+from dsv4_jax.layers.rotary import Rotation, rotate
+from dsv4_jax.quantization.policy import Policy
+
+Mode = Literal["dense", "sparse"]
+
+
+class AttentionOptions(NamedTuple):
+    """What a forward asks of attention; static.
+
+    mode: "sparse" attends the entries that the indexer chooses, "dense" all visible ones.
+    index_loss: also compute the indexer's loss, over the entries that are attended.
+    policy: the precision policy.
+    """
+
+    mode: Mode
+    index_loss: bool
+    policy: Policy
+
+
+class Attention(nnx.Module):
+    """Shared key-value attention with an optional compressor and an optional indexer."""
+
+    def __init__(self, config: DeepseekV4Config, spec: LayerSpec, rngs: nnx.Rngs):
+        """Parameters of spec section 3; matrices are [in, out], `wo_a` holds one matrix per output group."""
+        c = self.config = config
+        self.spec = spec
+        heads, width, groups = c.num_attention_heads, c.head_dim, c.o_groups
+        self.wq_a = parameter(normal(rngs, (c.hidden_size, c.q_lora_rank), c), ("embed", "q_lora"), "muon", "attn")
+        self.q_norm = parameter(jnp.ones(c.q_lora_rank), ("q_lora",), "adamw", "norm")
+        self.wq_b = parameter(normal(rngs, (c.q_lora_rank, heads * width), c), ("q_lora", "heads"), "muon", "attn")
+        self.wkv = parameter(normal(rngs, (c.hidden_size, width), c), ("embed", "kv"), "muon", "attn")
+        self.kv_norm = parameter(jnp.ones(width), ("kv",), "adamw", "norm")
+        self.attn_sink = parameter(jnp.zeros(heads), ("heads",), "adamw", "attn")
+        shape = (groups, heads // groups * width, c.o_lora_rank)
+        self.wo_a = parameter(normal(rngs, shape, c), ("o_groups", "heads", "o_lora"), "muon", "attn")
+        self.wo_b = parameter(normal(rngs, (groups * c.o_lora_rank, c.hidden_size), c), ("o_lora", "embed"), "muon", "attn")
+        if spec.attention != SLIDING:
+            self.compressor = Compressor(c, spec.ratio, width, spec.attention == CSA, "compressor", rngs)
+        if spec.attention == CSA:
+            self.indexer = Indexer(c, spec.ratio, rngs)
+
+    def __call__(self, x: jax.Array, layout: Layout, options: AttentionOptions) -> tuple[jax.Array, dict[str, Any]]:
+        """x [B, S, D] -> ([B, S, D], record).
+
+        The record holds "selected" [B, S, k] in CSA layers that chose (-1 unused) and, when asked for, "index_loss".
+        """
+        c, scale = self.config, self.config.head_dim**-0.5
+        rope = layout.rope["main" if self.spec.attention == SLIDING else "compress"]
+        head_rope = Rotation(*(angle[..., None, :] for angle in rope))
+        with jax.named_scope("queries"):
+            qr = rms_norm(dense(x, self.wq_a[...]), self.q_norm[...], c.rms_norm_eps)
+            q = dense(qr, self.wq_b[...]).reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
+            q = rotate(rms_norm(q, None, c.rms_norm_eps), head_rope)
+        with jax.named_scope("window"):
+            kv = rotate(rms_norm(dense(x, self.wkv[...]), self.kv_norm[...], c.rms_norm_eps), rope)
+            kv = options.policy("kv_entry", kv)
+            branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale)]
+        record: dict[str, Any] = {}
+        blocks = layout.blocks.get(self.spec.ratio)
+        if blocks is None:  # a sliding layer, or a row shorter than one block
+            out, _ = merge(branches, self.attn_sink[...])
+            return self._project(out, head_rope), record
+        with jax.named_scope("compress"):
+            entries = options.policy("kv_entry", self.compressor(x, blocks))
+        choice, operands = self._choose(x, qr, rope, blocks, options, record)
+        with jax.named_scope("compressed"):
+            if choice is None:
+                branches.append(range_attention(q, entries, blocks.lo, blocks.hi, scale))
+            else:
+                branches.append(gather_attention(q, entries, choice, scale))
+        out, lse = merge(branches, self.attn_sink[...])
+        if options.index_loss and operands is not None:
+            compared = jnp.stack([blocks.lo, blocks.hi], -1) if choice is None else choice
+            k = c.index_topk if choice is None else 0
+            record["index_loss"] = index_loss(operands, q, entries, lse, compared, scale, k)
+        return self._project(out, head_rope), record
+
+    def _choose(
+        self, x: jax.Array, qr: jax.Array, rope: Rotation, blocks: Blocks, options: AttentionOptions, record: dict
+    ) -> tuple[jax.Array | None, IndexOperands | None]:
+        """The chosen entries [B, S, k], or None when all visible ones are attended; and the index operands."""
+        if self.spec.attention != CSA:
+            return None, None
+        # Rows with no more entries than top-k attend them all: choosing would only reorder them.
+        sparse = options.mode == "sparse" and blocks.starts_document.shape[1] > self.config.index_topk
+        if not sparse and not options.index_loss:
+            return None, None
+        with jax.named_scope("index"):
+            operands = self.indexer(x, qr, rope, blocks, options.policy)
+            if not sparse:
+                return None, operands
+            record["selected"] = index_topk(operands, blocks.lo, blocks.hi, self.config.index_topk)
+            return record["selected"], operands
+
+    def _project(self, out: jax.Array, rope: Rotation) -> jax.Array:
+        """Rotate the heads' outputs [B, S, H, K] back, project each group of heads, then all groups: [B, S, D]."""
+        with jax.named_scope("output"):
+            groups = self.config.o_groups
+            out = rotate(out, rope.inverse()).reshape(*out.shape[:2], groups, -1)
+            low = jnp.einsum("bsgi,gio->bsgo", out, self.wo_a[...].astype(out.dtype), preferred_element_type=jnp.float32)
+            return dense(low.astype(out.dtype).reshape(*out.shape[:2], -1), self.wo_b[...])

@@ -1,0 +1,48 @@
+"""Compressors: m tokens become one key-value entry (report 2.3.1 and 2.3.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.layers.layout import Blocks
+from dsv4_jax.layers.norm import dense, rms_norm
+from dsv4_jax.layers.parameters import normal, parameter
+from dsv4_jax.layers.rotary import rotate
+
+
+class Compressor(nnx.Module):
+    """Pools blocks of `ratio` tokens, channel by channel, with softmax gates; CSA's blocks overlap the previous one."""
+
+    def __init__(self, config: DeepseekV4Config, ratio: int, width: int, overlap: bool, role: str, rngs: nnx.Rngs):
+        """Parameters wkv, wgate [D, c*width], ape [m, c*width], norm [width]; c = 2 with overlap, else 1."""
+        channels = width * (2 if overlap else 1)
+        self.ratio, self.width, self.overlap, self.eps = ratio, width, overlap, config.rms_norm_eps
+        shape, axes = (config.hidden_size, channels), ("embed", "kv")
+        self.wkv = parameter(normal(rngs, shape, config), axes, "muon", role)
+        self.wgate = parameter(normal(rngs, shape, config), axes, "muon", role)
+        self.ape = parameter(normal(rngs, (ratio, channels), config), ("block", "kv"), "adamw", role)
+        self.norm = parameter(jnp.ones(width), ("kv",), "adamw", role)
+
+    def __call__(self, x: jax.Array, blocks: Blocks) -> jax.Array:
+        """Entries [B, T, width] of x [B, S, D], normalised and rotated, in x's dtype; float32 until the norm."""
+        values = blocks.gather(dense(x, self.wkv[...], jnp.float32), self.ratio)
+        scores = blocks.gather(dense(x, self.wgate[...], jnp.float32), self.ratio) + self.ape[...]
+        if self.overlap:
+            values, scores = self._with_previous(values, scores, blocks.starts_document)
+        pooled = (jax.nn.softmax(scores, axis=2) * values).sum(2)
+        return rotate(rms_norm(pooled, self.norm[...], self.eps), blocks.rope).astype(x.dtype)
+
+    def _with_previous(self, values: jax.Array, scores: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows of block i: the first half of block i-1's channels, then the second half of its own; [B, T, 2m, width]."""
+        absent = starts[..., None, None]
+        values = jnp.concatenate([jnp.where(absent, 0.0, _shift(values[..., : self.width])), values[..., self.width :]], 2)
+        previous = jnp.where(absent, -jnp.inf, _shift(scores[..., : self.width]))
+        return values, jnp.concatenate([previous, scores[..., self.width :]], 2)
+
+
+def _shift(x: jax.Array) -> jax.Array:
+    """x delayed by one along the entries."""
+    return jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]

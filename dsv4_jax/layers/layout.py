@@ -1,0 +1,95 @@
+"""Where documents and compressed entries lie in a batch of rows: computed once per forward, used by every layer.
+
+Every document of a packed row is compressed on its own (spec section 8): positions, windows and compression blocks
+restart at its first token, and its incomplete tail gives no entry. The entries of a row are numbered in the order of
+their last tokens, so what a query may see is always a contiguous range of entries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.config import SLIDING, DeepseekV4Config
+from dsv4_jax.layers.rotary import Rotation, frequencies, rotation
+
+
+class Blocks(NamedTuple):
+    """The compressed entries of one ratio m. T = S // m bounds their number.
+
+    tokens [B, T, m]: each entry's tokens, or None when entry i simply holds tokens m*i .. m*i+m-1 of its row.
+    starts_document [B, T]: the entry has no previous block.
+    rope [B, T, R/2]: the rotation at each entry's first token.
+    lo, hi [B, S]: query t sees entries lo <= i < hi.
+    """
+
+    tokens: jax.Array | None
+    starts_document: jax.Array
+    rope: Rotation
+    lo: jax.Array
+    hi: jax.Array
+
+    def gather(self, x: jax.Array, ratio: int) -> jax.Array:
+        """[B, S, C] -> [B, T, m, C]."""
+        batch, length, channels = x.shape
+        count = length // ratio
+        if self.tokens is None:
+            return x[:, : count * ratio].reshape(batch, count, ratio, channels)
+        return jax.vmap(lambda row, tokens: row[tokens])(x, self.tokens)
+
+
+class Layout(NamedTuple):
+    """Everything about a batch that does not depend on values: documents, rotations, blocks by ratio."""
+
+    segment_ids: jax.Array | None  # [B, S]; None when every row is one document
+    positions: jax.Array  # [B, S], restarting at each document
+    rope: dict[str, Rotation]  # "main" (sliding layers) and "compress" (CSA and HCA layers)
+    blocks: dict[int, Blocks]
+
+
+def make_layout(config: DeepseekV4Config, batch: int, length: int, segment_ids: jax.Array | None) -> Layout:
+    """The layout of [B, S] tokens; a document is a maximal run of equal `segment_ids`."""
+    positions = document_positions(batch, length, segment_ids)
+    main = frequencies(config.rope_theta, config.qk_rope_head_dim, None)
+    compress = frequencies(config.compress_rope_theta, config.qk_rope_head_dim, config.rope_scaling)
+    kinds = zip(config.layer_types, config.compress_ratios, strict=True)
+    ratios = sorted({ratio for kind, ratio in kinds if kind != SLIDING and length >= ratio})
+    make = _plain_blocks if segment_ids is None else _packed_blocks
+    return Layout(
+        segment_ids,
+        positions,
+        {"main": rotation(positions, main), "compress": rotation(positions, compress)},
+        {ratio: make(positions, ratio, compress) for ratio in ratios},
+    )
+
+
+def document_positions(batch: int, length: int, segment_ids: jax.Array | None) -> jax.Array:
+    """[B, S] distance of each token from its document's first token."""
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if segment_ids is None:
+        return index
+    starts = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _plain_blocks(positions: jax.Array, ratio: int, freqs: jax.Array) -> Blocks:
+    batch, length = positions.shape
+    first = jnp.broadcast_to(jnp.arange(length // ratio, dtype=jnp.int32) * ratio, (batch, length // ratio))
+    return Blocks(None, first == 0, rotation(first, freqs), jnp.zeros_like(positions), (positions + 1) // ratio)
+
+
+def _packed_blocks(positions: jax.Array, ratio: int, freqs: jax.Array) -> Blocks:
+    batch, length = positions.shape
+    count = length // ratio
+    ends = (positions + 1) % ratio == 0
+    hi = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
+    # Scatter each block's last token to its entry; entries no block fills keep the row's first tokens: never visible.
+    slot = jnp.where(ends, hi - 1, count)
+    last = jnp.full((batch, count), ratio - 1, jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    last = jax.vmap(lambda row, s, t: row.at[s].set(t, mode="drop"))(last, slot, index)
+    first = jnp.take_along_axis(positions, last, axis=1) - (ratio - 1)
+    tokens = last[..., None] - (ratio - 1) + jnp.arange(ratio, dtype=jnp.int32)
+    return Blocks(tokens, first == 0, rotation(first, freqs), hi - (positions + 1) // ratio, hi)

@@ -1,0 +1,179 @@
+"""Fine-grained mixture of experts: sqrt-softplus or hash routing, clamped SwiGLU, one shared expert (report 2.1)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.kernels.grouped_matmul import collect, grouped_matmul, make_groups, spread
+from dsv4_jax.layers.norm import dense
+from dsv4_jax.layers.parameters import buffer, normal, parameter
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to: expert_ids [N, k] int32, weights [N, k], all scores [N, E], float32."""
+
+    expert_ids: jax.Array
+    weights: jax.Array
+    scores: jax.Array
+
+
+class Gate(nnx.Module):
+    """The router of one block: learned (a bias balances the experts) or hashed (a table by token id)."""
+
+    def __init__(self, config: DeepseekV4Config, routing: str, rngs: nnx.Rngs):
+        """Parameter weight [D, E]; buffer bias [E] for learned routing, tid2eid [V, k] for hash routing."""
+        c = self.config = config
+        shape = (c.hidden_size, c.n_routed_experts)
+        self.weight = parameter(normal(rngs, shape, c), ("embed", "experts"), "muon", "router")
+        if routing == "hash_moe":
+            self.tid2eid = buffer(hash_table(rngs.params(), c), ("vocab", "experts_per_tok"), "router")
+        else:
+            self.bias = buffer(jnp.zeros(c.n_routed_experts), ("experts",), "router")
+
+    def __call__(self, x: jax.Array, tokens: jax.Array) -> Routing:
+        """Route x [N, D]; `tokens` [N] are the token ids of hash routing. Float32 throughout."""
+        c = self.config
+        logits = jnp.dot(x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        scores = sqrt_softplus(logits) if c.scoring_func == "sqrtsoftplus" else jax.nn.sigmoid(logits)
+        if c.adaptive_routing_temperature:
+            scores = adapt_sharpness(scores, c.adaptive_routing_temperature)
+        if hasattr(self, "tid2eid"):
+            expert_ids = self.tid2eid[...][tokens]
+        else:
+            biased = jax.lax.stop_gradient(scores) + self.bias[...]
+            expert_ids = jax.lax.top_k(biased, c.num_experts_per_tok)[1]
+        chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
+        weights = chosen / (chosen.sum(-1, keepdims=True) + 1e-20) * c.routed_scaling_factor
+        return Routing(expert_ids, weights, scores)
+
+
+class Experts(nnx.Module):
+    """SwiGLU experts with clamped gate and up projections; `count` is None for the single shared expert."""
+
+    def __init__(self, config: DeepseekV4Config, count: int | None, rngs: nnx.Rngs):
+        """Parameters w1, w3 [E, D, I] and w2 [E, I, D]; without the expert axis for the shared expert."""
+        c = self.config = config
+        stack, axes = ((), ()) if count is None else ((count,), ("experts",))
+        wide, narrow = (*stack, c.hidden_size, c.moe_intermediate_size), (*stack, c.moe_intermediate_size, c.hidden_size)
+        self.w1 = parameter(normal(rngs, wide, c), (*axes, "embed", "mlp"), "muon", "experts")
+        self.w3 = parameter(normal(rngs, wide, c), (*axes, "embed", "mlp"), "muon", "experts")
+        self.w2 = parameter(normal(rngs, narrow, c), (*axes, "mlp", "embed"), "muon", "experts")
+
+    def shared(self, x: jax.Array) -> jax.Array:
+        """The shared expert on every token: [N, D] -> [N, D]."""
+        hidden = swiglu(dense(x, self.w1[...]), dense(x, self.w3[...]), self.config.swiglu_limit)
+        return dense(hidden, self.w2[...])
+
+    def routed(self, x: jax.Array, routing: Routing) -> jax.Array:
+        """The weighted sum of each token's experts: [N, D] -> [N, D]; no token is dropped."""
+        groups = make_groups(routing.expert_ids, self.w1.shape[0], tile_rows(routing.expert_ids.size, self.w1.shape[0]))
+        rows = spread(x, groups)
+        gate, up = grouped_matmul(rows, self.w1[...], groups), grouped_matmul(rows, self.w3[...], groups)
+        weights = spread_weights(routing.weights, groups.row_of, groups.pair_of)
+        # The routing weight multiplies the hidden activation, before w2, as in the release.
+        hidden = swiglu(gate, up, self.config.swiglu_limit).astype(jnp.float32) * weights[:, None]
+        return collect(grouped_matmul(hidden.astype(x.dtype), self.w2[...], groups), groups)
+
+
+class MoE(nnx.Module):
+    """Gate, routed experts and the shared expert."""
+
+    def __init__(self, config: DeepseekV4Config, routing: str, rngs: nnx.Rngs):
+        """See the parts."""
+        self.gate = Gate(config, routing, rngs)
+        self.experts = Experts(config, config.n_routed_experts, rngs)
+        self.shared_experts = Experts(config, None, rngs)
+
+    def __call__(self, x: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """x [B, S, D], token ids [B, S] -> ([B, S, D], record).
+
+        The record holds "expert_ids" [B, S, k], "load" [E] (pairs per expert) and "balance" (the sequence-wise loss),
+        the latter two over the tokens that `counted` [B, S] marks (padding is computed but not counted).
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        with jax.named_scope("route"):
+            routing = self.gate(flat, tokens.reshape(-1))
+        with jax.named_scope("experts"):
+            out = self.experts.routed(flat, routing) + self.shared_experts.shared(flat)
+        return out.reshape(x.shape), balance_record(routing, counted)
+
+
+def sqrt_softplus(x: jax.Array) -> jax.Array:
+    """`sqrt(log(1 + exp(x)))` with a finite gradient where softplus underflows: there it is `exp(x / 2)`."""
+    small = x < -20.0
+    return jnp.where(small, jnp.exp(x / 2), jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, x))))
+
+
+def adapt_sharpness(scores: jax.Array, strength: float) -> jax.Array:
+    """The article's adaptive routing temperature (3.2): flatter scores where a token is ambiguous, sharper where it is not.
+
+    A token's uncertainty u is the entropy of its normalised scores over log E; scores are raised to `1 / tau` with
+    `tau = exp(strength * (2u - 1))`, so u = 1/2 leaves them as they are. No auxiliary loss is involved.
+    """
+    p = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+    uncertainty = -jax.scipy.special.xlogy(p, jnp.maximum(p, 1e-20)).sum(-1, keepdims=True) / jnp.log(scores.shape[-1])
+    return jnp.maximum(scores, 1e-20) ** jnp.exp(-strength * (2 * uncertainty - 1))
+
+
+def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    """`silu(min(gate, L)) * clip(up, -L, L)` in float32, returned in gate's dtype; L = 0 means no limit."""
+    g, u = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if limit:
+        g, u = jnp.minimum(g, limit), jnp.clip(u, -limit, limit)
+    return (jax.nn.silu(g) * u).astype(gate.dtype)
+
+
+def hash_table(key: jax.Array, config: DeepseekV4Config) -> jax.Array:
+    """tid2eid [V, k]: distinct experts for every token id, each expert as often as any other (to one)."""
+    vocab, k, experts = config.vocab_size, config.num_experts_per_tok, config.n_routed_experts
+    # Deal shuffled decks of all experts one after another; a hand of k consecutive cards from a rotated deck is distinct.
+    start = jax.random.permutation(key, vocab) * k % experts
+    order = jax.random.permutation(jax.random.fold_in(key, 1), experts)
+    return order[(start[:, None] + jnp.arange(k)) % experts].astype(jnp.int32)
+
+
+def tile_rows(pairs: int, experts: int) -> int:
+    """Rows per tile: about half an expert's share, between 8 and 128, so that padding stays small against the work."""
+    share = max(pairs // experts, 1)
+    return min(max(1 << (share.bit_length() - 1), 8), 128)
+
+
+def balance_record(routing: Routing, counted: jax.Array) -> dict[str, Any]:
+    """Load per expert and the sequence-wise balance loss `sum_e f_e P_e` (V3 report eq. 17-20), averaged over rows."""
+    batch, length = counted.shape
+    experts, k = routing.scores.shape[-1], routing.expert_ids.shape[-1]
+    ids = routing.expert_ids.reshape(batch, length * k)
+    marks = jnp.repeat(counted.astype(jnp.float32), k, axis=1)
+    load = jax.vmap(lambda ids, marks: jnp.zeros(experts).at[ids].add(marks))(ids, marks)  # [B, E]
+    tokens = jnp.maximum(counted.sum(1, keepdims=True), 1).astype(jnp.float32)
+    scores = routing.scores.reshape(batch, length, experts)
+    share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+    mean_share = jnp.where(counted[..., None], share, 0.0).sum(1) / tokens
+    balance = (load * experts / (k * tokens) * mean_share).sum(-1).mean()
+    return {
+        "expert_ids": routing.expert_ids.reshape(batch, length, k),
+        "load": load.sum(0),
+        "balance": balance,
+    }
+
+
+@jax.custom_vjp
+def spread_weights(weights: jax.Array, row_of: jax.Array, pair_of: jax.Array) -> jax.Array:
+    """weights [N, k] -> one weight per row [R], zero for padding; its gradient is a gather."""
+    return weights.reshape(-1).at[pair_of].get(mode="fill", fill_value=0)
+
+
+def _spread_weights_fwd(weights: jax.Array, row_of: jax.Array, pair_of: jax.Array):
+    return spread_weights(weights, row_of, pair_of), row_of
+
+
+def _spread_weights_bwd(row_of: jax.Array, d_rows: jax.Array):
+    return d_rows[row_of], None, None
+
+
+spread_weights.defvjp(_spread_weights_fwd, _spread_weights_bwd)

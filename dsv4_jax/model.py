@@ -1,0 +1,252 @@
+"""DeepSeek-V4, whole: embedding, blocks on n residual streams, head, and the multi-token-prediction module.
+
+Read it top to bottom; the layers it names are one file each in `layers/`. Shapes: B batch, S tokens, D hidden size,
+n residual streams, V vocabulary, L blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4_jax.config import DeepseekV4Config, LayerSpec, Segment
+from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
+from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, read, stochastic_errors, write
+from dsv4_jax.layers.layout import Layout, make_layout
+from dsv4_jax.layers.moe import MoE
+from dsv4_jax.layers.norm import dense, rms_norm
+from dsv4_jax.layers.parameters import facts_of, normal, parameter
+from dsv4_jax.quantization import policy as precision
+
+Params = dict[str, Any]
+Record = dict[str, Any]
+
+
+class Block(nnx.Module):
+    """mHC-read, norm, attention, mHC-write; then the same around the mixture of experts."""
+
+    def __init__(self, config: DeepseekV4Config, spec: LayerSpec, rngs: nnx.Rngs):
+        """One block of kind `spec`."""
+        self.eps = config.rms_norm_eps
+        self.hc_attn = HyperConnection(config, rngs)
+        self.attn_norm = parameter(jnp.ones(config.hidden_size), ("embed",), "adamw", "norm")
+        self.attn = Attention(config, spec, rngs)
+        self.hc_ffn = HyperConnection(config, rngs)
+        self.ffn_norm = parameter(jnp.ones(config.hidden_size), ("embed",), "adamw", "norm")
+        self.ffn = MoE(config, spec.routing, rngs)
+
+    def __call__(self, streams: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Record]:
+        """streams [B, S, n, D] -> (streams, record of this block)."""
+        with jax.named_scope("attention"):
+            maps = self.hc_attn(streams)
+            x = rms_norm(read(streams, maps.pre), self.attn_norm[...], self.eps)
+            attn_out, seen = self.attn(x, batch.layout, options.attention)
+            streams = write(streams, attn_out, maps)
+        with jax.named_scope("moe"):
+            ffn_maps = self.hc_ffn(streams)
+            x = rms_norm(read(streams, ffn_maps.pre), self.ffn_norm[...], self.eps)
+            mlp_out, routed = self.ffn(x, batch.tokens, batch.counted)
+            streams = write(streams, mlp_out, ffn_maps)
+        errors = jnp.maximum(jnp.stack(stochastic_errors(maps.comb)), jnp.stack(stochastic_errors(ffn_maps.comb)))
+        record = {"load": routed["load"], "balance": routed["balance"], "hc_errors": errors}
+        record |= {"index_loss": seen["index_loss"]} if "index_loss" in seen else {}
+        if options.record:
+            record |= {"layer_out": streams, "attn_out": attn_out, "mlp_out": mlp_out, "expert_ids": routed["expert_ids"]}
+            record |= {"selected": seen["selected"]} if "selected" in seen else {}
+        return streams, record
+
+
+class MultiTokenPrediction(nnx.Module):
+    """One more block that predicts the token after next, from the streams and the next token's embedding."""
+
+    def __init__(self, config: DeepseekV4Config, spec: LayerSpec, rngs: nnx.Rngs):
+        """A block with its input projections, norms and head read."""
+        c = self.config = config
+        self.e_proj = parameter(normal(rngs, (c.hidden_size,) * 2, c), ("embed", "embed_out"), "muon", "mtp")
+        self.h_proj = parameter(normal(rngs, (c.hidden_size,) * 2, c), ("embed", "embed_out"), "muon", "mtp")
+        self.enorm = parameter(jnp.ones(c.hidden_size), ("embed",), "adamw", "norm")
+        self.hnorm = parameter(jnp.ones(c.hidden_size), ("embed",), "adamw", "norm")
+        self.block = Block(c, spec, rngs)
+        self.hc_head = HyperHead(c, rngs)
+        self.norm = parameter(jnp.ones(c.hidden_size), ("embed",), "adamw", "norm")
+
+    def __call__(self, streams: jax.Array, next_embedding: jax.Array, batch: Batch, options: Options):
+        """Streams [B, S, n, D] before the head read, embeddings of tokens t+1 [B, S, D] -> (normed [B, S, D], record)."""
+        eps = self.config.rms_norm_eps
+        embedded = dense(rms_norm(next_embedding, self.enorm[...], eps), self.e_proj[...])
+        carried = dense(rms_norm(streams, self.hnorm[...], eps), self.h_proj[...])
+        streams, record = self.block(embedded[..., None, :] + carried, batch, options)
+        return rms_norm(self.hc_head(streams), self.norm[...], eps), record
+
+
+class Ends(nnx.Module):
+    """What stands before and behind the blocks: embedding, head read, final norm, output matrix, MTP modules."""
+
+    def __init__(self, config: DeepseekV4Config, rngs: nnx.Rngs):
+        """The output matrix is absent when embeddings are tied."""
+        c = config
+        self.embed = parameter(normal(rngs, (c.vocab_size, c.hidden_size), c), ("vocab", "embed"), "adamw", "embed")
+        self.hc_head = HyperHead(c, rngs)
+        self.norm = parameter(jnp.ones(c.hidden_size), ("embed",), "adamw", "norm")
+        if not c.tie_word_embeddings:
+            self.head = parameter(normal(rngs, (c.hidden_size, c.vocab_size), c), ("embed", "vocab"), "adamw", "head")
+        if c.mtp_layers:
+            self.mtp = nnx.Dict({str(i): MultiTokenPrediction(c, spec, rngs) for i, spec in enumerate(c.mtp_layers)})
+
+
+class Batch(NamedTuple):
+    """What every block may look at: token ids [B, S], the tokens that count [B, S], and the layout of documents."""
+
+    tokens: jax.Array
+    counted: jax.Array
+    layout: Layout
+
+
+class Options(NamedTuple):
+    """Static choices of one forward."""
+
+    attention: AttentionOptions
+    record: bool
+    remat: bool
+    unroll: int | bool
+
+
+class Output(NamedTuple):
+    """What a forward returns.
+
+    logits: [B, S, V] float32, or None when not asked for.
+    hidden: [B, S, D], normed: what the output matrix multiplies.
+    mtp_hidden: the same of the MTP module, or None; position t predicts token t+2.
+    layers: one record per block, the MTP block last when it ran: "load", "balance", "hc_errors", "index_loss".
+    """
+
+    logits: jax.Array | None
+    hidden: jax.Array
+    mtp_hidden: jax.Array | None
+    layers: list[Record]
+
+
+def forward(
+    config: DeepseekV4Config,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    attention: Mode = "sparse",
+    dtype: Any = None,
+    logits: bool = True,
+    mtp: bool = False,
+    index_loss: bool = False,
+    record: bool = False,
+    remat: Literal["none", "block"] = "none",
+    unroll: int | bool = 1,
+    policy: precision.Policy = precision.NONE,
+) -> Output:
+    """The whole model on tokens [B, S]; pure: jit, differentiate and vmap it freely.
+
+    Args:
+        config: the architecture; static, like every keyword but `segment_ids`.
+        params: the tree of `init` or of a checkpoint.
+        tokens: int32 [B, S].
+        segment_ids: [B, S], documents as runs of equal ids in packed rows; 0 marks padding, which is not counted in the
+            statistics. None: every row is one document. Padding is exact on the right only.
+        attention: "sparse" (the indexer chooses) or "dense" (all visible entries).
+        dtype: compute dtype; the parameters' own by default. mHC, routing and compressor pooling stay float32.
+        logits: also multiply the output matrix (a loss in chunks does that itself).
+        mtp: also run the MTP module.
+        index_loss: also compute the indexers' loss.
+        record: also return every block's streams, sublayer outputs and choices.
+        remat: "block" recomputes a unit of blocks in the backward pass instead of keeping its activations.
+        unroll: how many units the layer loop unrolls (True: all).
+        policy: rounding by tensor role.
+    """
+    options = Options(AttentionOptions(attention, index_loss, policy), record, remat == "block", unroll)
+    counted = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+    batch = Batch(tokens, counted, make_layout(config, *tokens.shape, segment_ids))
+    ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
+    embedding = ends.embed[...].astype(dtype or ends.embed.dtype)
+
+    x = embedding[tokens]
+    streams = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], config.hc_mult, x.shape[-1]))  # [B, S, n, D]
+    layers: list[Record] = []
+    for i, segment in enumerate(config.segments):
+        streams, records = _run_segment(config, segment, params["segments"][str(i)], streams, batch, options)
+        layers += records
+    hidden = rms_norm(ends.hc_head(streams), ends.norm[...], config.rms_norm_eps)
+
+    mtp_hidden = None
+    if mtp and config.mtp_layers:
+        following = jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        with jax.named_scope("mtp"):
+            mtp_hidden, mtp_record = ends.mtp["0"](streams, following, batch, options)
+        layers.append(mtp_record)
+    return Output(output_logits(params, hidden) if logits else None, hidden, mtp_hidden, layers)
+
+
+def output_matrix(params: Params) -> jax.Array:
+    """[D, V]; the embedding's transpose when tied."""
+    return params["head"] if "head" in params else params["embed"].T
+
+
+def output_logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits [.., V] float32 of normed hidden states [.., D]."""
+    return dense(hidden, output_matrix(params), jnp.float32)
+
+
+def _run_segment(config, segment: Segment, params: Params, streams, batch: Batch, options: Options):
+    """Scan the segment's unit over its stacked parameters; returns the streams and one record per block."""
+    graphs = [_graph(config, spec) for spec in segment.unit]
+
+    def unit(streams: jax.Array, params: Params) -> tuple[jax.Array, list[Record]]:
+        records = []
+        for i, graph in enumerate(graphs):
+            streams, record = nnx.merge(graph, params[str(i)])(streams, batch, options)
+            records.append(record)
+        return streams, records
+
+    body = jax.checkpoint(unit) if options.remat else unit
+    streams, stacked = jax.lax.scan(body, streams, params, unroll=options.unroll)
+    take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
+    return streams, [take(record, i) for i in range(segment.repeats) for record in stacked]
+
+
+def init(config: DeepseekV4Config, key: jax.Array) -> Params:
+    """Fresh parameters in float32; call it under `jax.jit` with `out_shardings` to create them sharded."""
+    ends_key, *keys = jax.random.split(key, 1 + len(config.segments))
+    params = nnx.to_pure_dict(nnx.state(Ends(config, nnx.Rngs(ends_key))))
+    params["segments"] = {}
+    for i, (segment, segment_key) in enumerate(zip(config.segments, keys, strict=True)):
+        one = lambda key, spec: nnx.to_pure_dict(nnx.state(Block(config, spec, nnx.Rngs(key))))  # noqa: E731
+        unit = {}
+        for j, spec in enumerate(segment.unit):
+            block_keys = jax.random.split(jax.random.fold_in(segment_key, j), segment.repeats)
+            unit[str(j)] = jax.vmap(lambda key, spec=spec: one(key, spec))(block_keys)
+        params["segments"][str(i)] = unit
+    return params
+
+
+def facts(config: DeepseekV4Config) -> Params:
+    """The tree of `Fact`s beside `init`'s parameters; stacked blocks gain the leading axis "layers"."""
+    tree = facts_of(nnx.state(_abstract(config, None)))
+    stack = lambda fact: type(fact)(("layers", *fact.axes), fact.optimizer, fact.role)  # noqa: E731
+    tree["segments"] = {
+        str(i): {
+            str(j): jax.tree.map(stack, facts_of(nnx.state(_abstract(config, spec))))
+            for j, spec in enumerate(segment.unit)
+        }
+        for i, segment in enumerate(config.segments)
+    }
+    return tree
+
+
+def _abstract(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.Module:
+    """A block (or the ends, for None) with shapes and no arrays."""
+    make = lambda: Ends(config, nnx.Rngs(0)) if spec is None else Block(config, spec, nnx.Rngs(0))  # noqa: E731
+    return nnx.eval_shape(make)
+
+
+def _graph(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.GraphDef:
+    return nnx.split(_abstract(config, spec))[0]

@@ -1,0 +1,1 @@
+"""Precision policies: which tensor role is rounded how."""

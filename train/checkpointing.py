@@ -1,0 +1,336 @@
+"""Checkpoints that survive being killed: asynchronous, verified by checksum, never overwritten silently.
+
+A step is a folder of Orbax items: ``params`` (so that sampling need not know the optimizer), ``training`` (every other
+array of the state) and ``host`` (the record of `checkpoint_record`, with the caller's JSON inside). Orbax commits a
+step by rename, but a committed step can still rot or be cut short by a full disk, so a step counts as good only when it
+has been read and every checksum agrees.
+
+Only this module knows Orbax; it uses the ``CheckpointManager`` interface, whose files later interfaces read as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from train import checkpoint_record as records
+from train.checkpoint_record import CheckpointError, DamagedError, MismatchError, PyTree, Record
+
+__all__ = ["CheckpointError", "Checkpoints", "MismatchError", "load_params"]
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+      folder: local path or ``gs://`` style address; created by the first save.
+      keep: how many of the newest steps stay.
+      keep_every: steps divisible by this stay for ever, besides.
+
+    In a run of several processes every process makes the same calls in the same order.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None):
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least one checkpoint has to stay")
+        self.folder = _absolute(folder)
+        self._keep, self._keep_every = keep, keep_every
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+        self._damaged: list[int] = []
+
+    @property
+    def steps(self) -> list[int]:
+        """The committed steps, ascending; committed does not mean verified (see `restore`)."""
+        return _steps(self.folder)
+
+    def save(self, step: int, state: PyTree, host: Mapping[str, Any]) -> None:
+        """Starts writing `state` as `step` and returns once the arrays may be donated or changed.
+
+        Args:
+          step: greater than every good step in the folder.
+          state: pytree of jax arrays with ``params`` at its top. Random keys go in as `jax.random.key_data`.
+          host: JSON values: ``config`` (shown on a mismatch, returned by `load_params`), data iterator state, ...
+
+        Raises:
+          CheckpointError: this save or the previous one failed; the older steps are intact.
+          FileExistsError: a good checkpoint of this or of a later step exists.
+          TypeError, ValueError: a leaf is not a jax array, or `host` is not JSON.
+        """
+        self.wait()
+        leaves = records.named(state)
+        record = records.make(step, leaves, host)
+        self._refuse_overwrite(step)
+        try:
+            self._set_damaged_aside()
+            self._saving = step
+            self._writer().save(step, args=_save_args(leaves, record), force=True)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, abstract_state: PyTree, step: int | None = None) -> tuple[int, PyTree, dict[str, Any]]:
+        """Reads the newest good step, or exactly `step`, and verifies every array of it.
+
+        Args:
+          abstract_state: the state's tree of `jax.ShapeDtypeStruct` (or arrays). The result gets *its* shardings,
+            whatever the checkpoint was written with; a leaf without one goes to the first device.
+          step: read this one or fail. By default damaged steps are skipped, with a warning that says which and why.
+
+        Returns:
+          ``(step, state, host)``; the arrays are bitwise the saved ones.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint, or not that one.
+          MismatchError: the tree, a shape or a dtype differs from the checkpoint's.
+          CheckpointError: every candidate is damaged.
+        """
+        self.wait()
+        targets = records.named(abstract_state)
+        values, record = _newest_good(self.folder, step, lambda record: records.matched(record, targets))
+        newer = [s for s in self.steps if s > record["step"]]
+        if step is None:
+            self._damaged = newer
+        elif newer:
+            log.warning("restored step %d of %s, which also holds %s: to train on from here, save into another folder",
+                        step, self.folder, _listed(newer))
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), values.values())
+        return record["step"], state, record["host"]
+
+    def latest_good(self) -> int | None:
+        """The newest step that reads and verifies, or None.
+
+        Reads whole arrays onto the first device, so it is for inspection in one process; a resuming run calls
+        `restore`, which verifies in the same pass.
+        """
+        self.wait()
+        try:
+            return _newest_good(self.folder, None, records.abstract)[1]["step"]
+        except (FileNotFoundError, CheckpointError):
+            return None
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is committed. Raises CheckpointError if it failed."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Waits for the save in progress and lets go of Orbax's threads."""
+        self.wait()
+        self._release()
+
+    def __enter__(self) -> Checkpoints:
+        """Closes itself at the end of a ``with`` block."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """See `close`."""
+        self.close()
+
+    def _writer(self) -> ocp.CheckpointManager:
+        """The writing manager, made at the first save: opening it clears away what killed saves left half-written."""
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, keep_period=self._keep_every, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return self._manager
+
+    def _release(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):
+                manager.close()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        """Words the error, and drops the manager, whose list of steps a failed save leaves wrong."""
+        self._release()
+        kept = _listed(self.steps) if self.steps else "none, this was the first"
+        return CheckpointError(f"saving the checkpoint of step {self._saving} in {self.folder} failed: "
+                               f"{_first_line(error)}{_free_space(self.folder)}. Earlier checkpoints intact: {kept}.")
+
+    def _refuse_overwrite(self, step: int) -> None:
+        good = [s for s in self.steps if s >= step and s not in self._damaged]
+        if good:
+            raise FileExistsError(f"{self.folder} already holds {_listed(good)}, so step {step} is not saved there: "
+                                  "resume from the newest checkpoint, or give this run a folder of its own")
+
+    def _set_damaged_aside(self) -> None:
+        """Renames the steps that `restore` found damaged: neither retention nor a later restore may count them."""
+        damaged, self._damaged = self._damaged, []
+        if not damaged:
+            return
+        self._release()
+        if jax.process_index() == 0:
+            for step in damaged:
+                aside = _unused(self.folder, f"damaged-{step}")
+                (self.folder / str(step)).rename(aside)
+                log.warning("moved the damaged checkpoint of step %d to %s; it may be deleted", step, aside)
+        _on_all_processes(True)
+
+
+def load_params(folder: str | os.PathLike, step: int | None = None, *,
+                abstract_params: PyTree | None = None) -> tuple[dict[str, Any], PyTree]:
+    """Reads only the parameters of the newest good checkpoint, or of `step`: for sampling and evaluation.
+
+    Args:
+      folder: the folder given to `Checkpoints`; a run may be writing to it.
+      step: this step and no other.
+      abstract_params: shapes, dtypes and shardings wanted, as in `Checkpoints.restore`. Without it nothing about the
+        model need be known: the result is nested dicts by name, each array whole on the first device.
+
+    Returns:
+      ``(config, params)``, the former being ``host["config"]`` of the save.
+
+    Raises:
+      FileNotFoundError, MismatchError, CheckpointError: as `Checkpoints.restore`.
+    """
+    if abstract_params is None:
+        values, record = _newest_good(_absolute(folder), step, lambda record: records.abstract(record, "params"))
+        params = records.nested(values).get("params")
+    else:
+        targets = records.named({"params": abstract_params})
+        values, record = _newest_good(
+            _absolute(folder), step, lambda record: records.matched(record, targets, "params"))
+        params = jax.tree.unflatten(jax.tree.structure(abstract_params), values.values())
+    if params is None or "config" not in record["host"]:
+        raise CheckpointError(f"step {record['step']} of {folder} was saved without params or without host['config']")
+    return record["host"]["config"], params
+
+
+def _newest_good(folder: epath.Path, step: int | None,
+                 wanted: Callable[[Record], dict[str, jax.ShapeDtypeStruct]]) -> tuple[dict[str, jax.Array], Record]:
+    """Arrays by name and record of the newest step that verifies (or of `step`), reading what `wanted` picks."""
+    found = _steps(folder)
+    if not found or (step is not None and step not in found):
+        raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}"
+                                + (f", which holds {_listed(found)}" if found else ""))
+    reasons = []
+    for candidate in [step] if step is not None else found[::-1]:
+        try:
+            return _verified(folder, candidate, wanted)
+        except DamagedError as error:
+            reasons.append(f"step {candidate}: {error}")
+            log.warning("skipping the damaged checkpoint of step %d in %s: %s", candidate, folder, error)
+    raise CheckpointError(f"no checkpoint in {folder} can be used:\n  " + "\n  ".join(reasons))
+
+
+def _verified(folder: epath.Path, step: int, wanted: Callable) -> tuple[dict[str, jax.Array], Record]:
+    record = _read(folder, step, {"host": ocp.args.JsonRestore()})["host"]
+    _agreed(lambda: records.check_whole(record, step))
+    targets = wanted(record)
+    items = {item: ocp.args.StandardRestore(records.nested(leaves)) for item, leaves in _items(targets).items()}
+    arrays: dict[str, jax.Array] = {}
+    for tree in (_read(folder, step, items) if items else {}).values():
+        arrays |= records.named(tree)
+    values = {name: arrays[name] if name in arrays else _empty(target) for name, target in targets.items()}
+    _agreed(lambda: records.check_values(record, values))
+    return values, record
+
+
+def _read(folder: epath.Path, step: int, items: dict[str, Any]) -> dict[str, Any]:
+    """Restores Orbax items of one step, without touching a run that is writing there."""
+    def read() -> dict[str, Any]:
+        with _reader(folder) as manager:
+            return dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
+    return _agreed(read)
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+    """Runs `read`; whatever fails in one process counts as damage in all, so that they skip the same steps."""
+    result, problem = None, None
+    try:
+        result = read()
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        problem = error
+    if not _on_all_processes(problem is None):
+        raise DamagedError(_first_line(problem) if problem else "another process could not read it") from problem
+    return result
+
+
+def _save_args(leaves: Mapping[str, jax.Array], record: Record) -> ocp.args.Composite:
+    items = {item: ocp.args.StandardSave(records.nested(group)) for item, group in _items(leaves).items()}
+    return ocp.args.Composite(host=ocp.args.JsonSave(record), **items)
+
+
+def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The Orbax item of each array. Arrays without elements are in none: Orbax refuses them, the record suffices."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, leaf in leaves.items():
+        if 0 not in leaf.shape:
+            groups.setdefault("params" if name.split("/")[0] == "params" else "training", {})[name] = leaf
+    return groups
+
+
+def _empty(target: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(target.shape, target.dtype, device=target.sharding)
+
+
+def _on_all_processes(good: bool) -> bool:
+    if jax.process_count() == 1:
+        return good
+    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    if not folder.exists():
+        return []
+    with _reader(folder) as manager:
+        return sorted(manager.all_steps())
+
+
+def _reader(folder: epath.Path) -> ocp.CheckpointManager:
+    """A manager that leaves the folder as it is; Orbax's `read_only` does too, but warns at length each time."""
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
+        create=False, cleanup_tmp_directories=False, enable_async_checkpointing=False))
+
+
+def _absolute(folder: str | os.PathLike) -> epath.Path:
+    text = os.fspath(folder)
+    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+
+
+def _unused(folder: epath.Path, name: str) -> epath.Path:
+    taken = [path.name for path in folder.iterdir()]
+    return folder / next(n for n in [name, *(f"{name}-{i}" for i in range(len(taken)))] if n not in taken)
+
+
+def _listed(steps: list[int]) -> str:
+    return ("step " if len(steps) == 1 else "steps ") + ", ".join(map(str, steps))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:400]
+
+
+def _free_space(folder: epath.Path) -> str:
+    with contextlib.suppress(OSError):
+        return f" ({shutil.disk_usage(os.fspath(folder)).free / 2**30:.1f} GiB free there)"
+    return ""
+
+
+def _reported_by_us(entry: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of a failed save four times; `Checkpoints` raises the same error once."""
+    return not (entry.levelno >= logging.ERROR and "/orbax/checkpoint/" in entry.pathname.replace(os.sep, "/"))
+
+
+logging.getLogger("absl").addFilter(_reported_by_us)

@@ -1,0 +1,86 @@
+"""Documents by one flag: `python`, `prose`, or a file, folder or glob of the user's own."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data import local_files, python_source
+from train.data.manifest import Manifest
+
+HELDOUT_FRACTION = 0.01
+HELDOUT_AT_LEAST = 4
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Named documents, readable any number of times, and the manifest that identifies them.
+
+    Attributes:
+        manifest: what the documents come from.
+        read: gives the documents as (name, text), always in the same order; duplicates included.
+    """
+
+    manifest: Manifest
+    read: Callable[[], Iterable[tuple[str, str]]]
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """The documents as (name, text): empty ones and exact duplicates dropped."""
+        seen: set[bytes] = set()
+        for name, text in self.read():
+            digest = content_hash(text)
+            if text.strip() and digest not in seen:
+                seen.add(digest)
+                yield name, text
+
+    @functools.cached_property
+    def heldout(self) -> np.ndarray:
+        """Which of `documents()` are held out, bool [documents]: decided by each document's content.
+
+        Raises:
+            ValueError: when there are fewer than two documents.
+        """
+        hashes = [content_hash(text) for _, text in self.documents()]
+        if len(hashes) < 2:
+            raise ValueError(f"corpus {self.manifest.corpus!r} has {len(hashes)} documents: training needs at least 2")
+        return choose_heldout(hashes)
+
+
+def content_hash(text: str) -> bytes:
+    """SHA-256 of the UTF-8 text: what tells documents apart and decides the split."""
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
+
+
+def choose_heldout(hashes: list[bytes]) -> np.ndarray:
+    """Held-out documents: hashes in the lowest 1%, and at least the 4 lowest (never more than half). bool [documents].
+
+    A document keeps its side when others come or go, except among the few lowest of a small corpus.
+    """
+    fractions = np.array([int.from_bytes(digest[:6], "big") / 2**48 for digest in hashes])
+    at_least = min(HELDOUT_AT_LEAST, len(hashes) // 2)
+    chosen = fractions < HELDOUT_FRACTION
+    chosen[np.argsort(fractions, kind="stable")[:at_least]] = True
+    return chosen
+
+
+def resolve(data: str) -> Corpus:
+    """The corpus that a `--data` flag names.
+
+    `python`: the standard library and the installed requirements. `prose`: the documentation inside botocore. Otherwise
+    a path: .txt/.md/.py (a document a file), .jsonl with .gz or .zst (field `text`), .parquet (column `text`), a folder
+    or glob of such files, or a folder written by Hugging Face `Dataset.save_to_disk`.
+
+    Raises:
+        FileNotFoundError, ValueError: when nothing is there or its kind is not known; ImportError: names the extra.
+    """
+    if data == "python":
+        return Corpus(*python_source.python_corpus())
+    if data == "prose":
+        from train.data.prose_source import prose_corpus
+
+        return Corpus(*prose_corpus())
+    return Corpus(*local_files.local_corpus(data))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsv4_jax.errors import UserError
 from dsv4_jax.layer_plan import ATTENTION_KINDS, ROUTING_KINDS, SLIDING
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ CHOICES = {
 YARN_KEYS = ("type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be a DeepSeek-V4 model; the message names the field and what would be right."""
 
 

@@ -14,7 +14,8 @@ from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config, LayerSpec, Segment
 from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
-from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, read, stochastic_errors, write
+from dsv4_jax.kernels.streams import read, write
+from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, stochastic_errors
 from dsv4_jax.layers.layout import Layout, make_layout
 from dsv4_jax.layers.moe import MoE
 from dsv4_jax.layers.norm import dense, rms_norm
@@ -44,12 +45,12 @@ class Block(nnx.Module):
             maps = self.hc_attn(streams)
             x = rms_norm(read(streams, maps.pre), self.attn_norm[...], self.eps)
             attn_out, seen = self.attn(x, batch.layout, options.attention)
-            streams = write(streams, attn_out, maps)
+            streams = write(streams, attn_out, maps.post, maps.comb)
         with jax.named_scope("moe"):
             ffn_maps = self.hc_ffn(streams)
             x = rms_norm(read(streams, ffn_maps.pre), self.ffn_norm[...], self.eps)
             mlp_out, routed = self.ffn(x, batch.tokens, batch.counted)
-            streams = write(streams, mlp_out, ffn_maps)
+            streams = write(streams, mlp_out, ffn_maps.post, ffn_maps.comb)
         errors = jnp.maximum(jnp.stack(stochastic_errors(maps.comb)), jnp.stack(stochastic_errors(ffn_maps.comb)))
         record = {"load": routed["load"], "balance": routed["balance"], "hc_errors": errors}
         record |= {"index_loss": seen["index_loss"]} if "index_loss" in seen else {}
@@ -152,7 +153,7 @@ def forward(
         params: the tree of `init` or of a checkpoint.
         tokens: int32 [B, S].
         segment_ids: [B, S], documents as runs of equal ids in packed rows; 0 marks padding, which is not counted in the
-            statistics. None: every row is one document. Padding is exact on the right only.
+            statistics. None: every row is one document. Padding is exact on either side.
         attention: "sparse" (the indexer chooses) or "dense" (all visible entries).
         dtype: compute dtype; the parameters' own by default. mHC, routing and compressor pooling stay float32.
         logits: also multiply the output matrix (a loss in chunks does that itself).
@@ -179,7 +180,7 @@ def forward(
 
     mtp_hidden = None
     if mtp and config.mtp_layers:
-        following = jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        following = _next_in_document(x, segment_ids)
         with jax.named_scope("mtp"):
             mtp_hidden, mtp_record = ends.mtp["0"](streams, following, batch, options)
         layers.append(mtp_record)
@@ -194,6 +195,15 @@ def output_matrix(params: Params) -> jax.Array:
 def output_logits(params: Params, hidden: jax.Array) -> jax.Array:
     """Logits [.., V] float32 of normed hidden states [.., D]."""
     return dense(hidden, output_matrix(params), jnp.float32)
+
+
+def _next_in_document(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The next token's x [B, S, D], zero at the end of each document."""
+    following = jnp.pad(x[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    if segment_ids is None:
+        return following
+    continues = segment_ids == jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return jnp.where(continues[..., None], following, 0)
 
 
 def _run_segment(config, segment: Segment, params: Params, streams, batch: Batch, options: Options):

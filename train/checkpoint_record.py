@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 FORMAT = 1
 
 
@@ -57,7 +57,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def make(step: int, leaves: Mapping[str, jax.Array], host: Mapping[str, Any]) -> Record:
     """The record of one checkpoint. Raises TypeError or ValueError for what it cannot hold, naming it."""
     for name, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(f"state[{name}] is {_kind(leaf)}; a checkpoint holds jax arrays: jnp.asarray for a number, "
                             "jax.random.key_data for a random key, or put plain values into `host`")
     record = {"format": FORMAT, "step": step, "leaves": _described(leaves), "host": _plain_json(host)}

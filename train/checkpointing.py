@@ -5,7 +5,8 @@ array of the state) and ``host`` (the record of `checkpoint_record`, with the ca
 step by rename, but a committed step can still rot or be cut short by a full disk, so a step counts as good only when it
 has been read and every checksum agrees.
 
-Only this module knows Orbax; it uses the ``CheckpointManager`` interface, whose files later interfaces read as well.
+Only this module and `checkpoint_files` know Orbax; they use its ``CheckpointManager`` interface, whose files later
+interfaces read as well.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from train import checkpoint_files as files
 from train import checkpoint_record as records
-from train.checkpoint_record import CheckpointError, DamagedError, MismatchError, PyTree, Record
+from train.checkpoint_files import absolute, first_line, listed, newest_good
+from train.checkpoint_record import CheckpointError, MismatchError, PyTree, Record
 
 __all__ = ["CheckpointError", "Checkpoints", "MismatchError", "load_params"]
 log = logging.getLogger(__name__)
@@ -43,9 +43,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None):
+        """See the class; nothing is read or written yet."""
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint has to stay")
-        self.folder = _absolute(folder)
+        self.folder = absolute(folder)
         self._keep, self._keep_every = keep, keep_every
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
@@ -54,7 +55,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The committed steps, ascending; committed does not mean verified (see `restore`)."""
-        return _steps(self.folder)
+        return files.committed_steps(self.folder)
 
     def save(self, step: int, state: PyTree, host: Mapping[str, Any]) -> None:
         """Starts writing `state` as `step` and returns once the arrays may be donated or changed.
@@ -98,13 +99,13 @@ class Checkpoints:
         """
         self.wait()
         targets = records.named(abstract_state)
-        values, record = _newest_good(self.folder, step, lambda record: records.matched(record, targets))
+        values, record = newest_good(self.folder, step, lambda record: records.matched(record, targets))
         newer = [s for s in self.steps if s > record["step"]]
         if step is None:
             self._damaged = newer
         elif newer:
             log.warning("restored step %d of %s, which also holds %s: to train on from here, save into another folder",
-                        step, self.folder, _listed(newer))
+                        step, self.folder, listed(newer))
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), values.values())
         return record["step"], state, record["host"]
 
@@ -116,7 +117,7 @@ class Checkpoints:
         """
         self.wait()
         try:
-            return _newest_good(self.folder, None, records.abstract)[1]["step"]
+            return newest_good(self.folder, None, records.abstract)[1]["step"]
         except (FileNotFoundError, CheckpointError):
             return None
 
@@ -124,10 +125,13 @@ class Checkpoints:
         """Blocks until the save in progress is committed. Raises CheckpointError if it failed."""
         if self._manager is None:
             return
+        problem = None
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._failed(error) from error
+            problem = error
+        if not files.on_all_processes(problem is None):
+            raise self._failed(problem or RuntimeError("another process could not write its part")) from problem
 
     def close(self) -> None:
         """Waits for the save in progress and lets go of Orbax's threads."""
@@ -159,14 +163,14 @@ class Checkpoints:
     def _failed(self, error: Exception) -> CheckpointError:
         """Words the error, and drops the manager, whose list of steps a failed save leaves wrong."""
         self._release()
-        kept = _listed(self.steps) if self.steps else "none, this was the first"
+        kept = listed(self.steps) if self.steps else "none, this was the first"
         return CheckpointError(f"saving the checkpoint of step {self._saving} in {self.folder} failed: "
-                               f"{_first_line(error)}{_free_space(self.folder)}. Earlier checkpoints intact: {kept}.")
+                               f"{first_line(error)}{_free_space(self.folder)}. Earlier checkpoints intact: {kept}.")
 
     def _refuse_overwrite(self, step: int) -> None:
         good = [s for s in self.steps if s >= step and s not in self._damaged]
         if good:
-            raise FileExistsError(f"{self.folder} already holds {_listed(good)}, so step {step} is not saved there: "
+            raise FileExistsError(f"{self.folder} already holds {listed(good)}, so step {step} is not saved there: "
                                   "resume from the newest checkpoint, or give this run a folder of its own")
 
     def _set_damaged_aside(self) -> None:
@@ -180,7 +184,7 @@ class Checkpoints:
                 aside = _unused(self.folder, f"damaged-{step}")
                 (self.folder / str(step)).rename(aside)
                 log.warning("moved the damaged checkpoint of step %d to %s; it may be deleted", step, aside)
-        _on_all_processes(True)
+        files.on_all_processes(True)
 
 
 def load_params(folder: str | os.PathLike, step: int | None = None, *,
@@ -200,126 +204,25 @@ def load_params(folder: str | os.PathLike, step: int | None = None, *,
       FileNotFoundError, MismatchError, CheckpointError: as `Checkpoints.restore`.
     """
     if abstract_params is None:
-        values, record = _newest_good(_absolute(folder), step, lambda record: records.abstract(record, "params"))
+        values, record = newest_good(absolute(folder), step, lambda record: records.abstract(record, "params"))
         params = records.nested(values).get("params")
     else:
         targets = records.named({"params": abstract_params})
-        values, record = _newest_good(
-            _absolute(folder), step, lambda record: records.matched(record, targets, "params"))
+        values, record = newest_good(absolute(folder), step, lambda record: records.matched(record, targets, "params"))
         params = jax.tree.unflatten(jax.tree.structure(abstract_params), values.values())
     if params is None or "config" not in record["host"]:
         raise CheckpointError(f"step {record['step']} of {folder} was saved without params or without host['config']")
     return record["host"]["config"], params
 
 
-def _newest_good(folder: epath.Path, step: int | None,
-                 wanted: Callable[[Record], dict[str, jax.ShapeDtypeStruct]]) -> tuple[dict[str, jax.Array], Record]:
-    """Arrays by name and record of the newest step that verifies (or of `step`), reading what `wanted` picks."""
-    found = _steps(folder)
-    if not found or (step is not None and step not in found):
-        raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}"
-                                + (f", which holds {_listed(found)}" if found else ""))
-    reasons = []
-    for candidate in [step] if step is not None else found[::-1]:
-        try:
-            return _verified(folder, candidate, wanted)
-        except DamagedError as error:
-            reasons.append(f"step {candidate}: {error}")
-            log.warning("skipping the damaged checkpoint of step %d in %s: %s", candidate, folder, error)
-    raise CheckpointError(f"no checkpoint in {folder} can be used:\n  " + "\n  ".join(reasons))
-
-
-def _verified(folder: epath.Path, step: int, wanted: Callable) -> tuple[dict[str, jax.Array], Record]:
-    record = _read(folder, step, {"host": ocp.args.JsonRestore()})["host"]
-    _agreed(lambda: records.check_whole(record, step))
-    targets = wanted(record)
-    items = {item: ocp.args.StandardRestore(records.nested(leaves)) for item, leaves in _items(targets).items()}
-    arrays: dict[str, jax.Array] = {}
-    for tree in (_read(folder, step, items) if items else {}).values():
-        arrays |= records.named(tree)
-    values = {name: arrays[name] if name in arrays else _empty(target) for name, target in targets.items()}
-    _agreed(lambda: records.check_values(record, values))
-    return values, record
-
-
-def _read(folder: epath.Path, step: int, items: dict[str, Any]) -> dict[str, Any]:
-    """Restores Orbax items of one step, without touching a run that is writing there."""
-    def read() -> dict[str, Any]:
-        with _reader(folder) as manager:
-            return dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
-    return _agreed(read)
-
-
-def _agreed(read: Callable[[], Any]) -> Any:
-    """Runs `read`; whatever fails in one process counts as damage in all, so that they skip the same steps."""
-    result, problem = None, None
-    try:
-        result = read()
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        problem = error
-    if not _on_all_processes(problem is None):
-        raise DamagedError(_first_line(problem) if problem else "another process could not read it") from problem
-    return result
-
-
 def _save_args(leaves: Mapping[str, jax.Array], record: Record) -> ocp.args.Composite:
-    items = {item: ocp.args.StandardSave(records.nested(group)) for item, group in _items(leaves).items()}
+    items = {item: ocp.args.StandardSave(records.nested(group)) for item, group in files.grouped(leaves).items()}
     return ocp.args.Composite(host=ocp.args.JsonSave(record), **items)
-
-
-def _items(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The Orbax item of each array. Arrays without elements are in none: Orbax refuses them, the record suffices."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, leaf in leaves.items():
-        if 0 not in leaf.shape:
-            groups.setdefault("params" if name.split("/")[0] == "params" else "training", {})[name] = leaf
-    return groups
-
-
-def _empty(target: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(target.shape, target.dtype, device=target.sharding)
-
-
-def _on_all_processes(good: bool) -> bool:
-    if jax.process_count() == 1:
-        return good
-    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
-
-
-def _steps(folder: epath.Path) -> list[int]:
-    if not folder.exists():
-        return []
-    with _reader(folder) as manager:
-        return sorted(manager.all_steps())
-
-
-def _reader(folder: epath.Path) -> ocp.CheckpointManager:
-    """A manager that leaves the folder as it is; Orbax's `read_only` does too, but warns at length each time."""
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
-        create=False, cleanup_tmp_directories=False, enable_async_checkpointing=False))
-
-
-def _absolute(folder: str | os.PathLike) -> epath.Path:
-    text = os.fspath(folder)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
 
 
 def _unused(folder: epath.Path, name: str) -> epath.Path:
     taken = [path.name for path in folder.iterdir()]
     return folder / next(n for n in [name, *(f"{name}-{i}" for i in range(len(taken)))] if n not in taken)
-
-
-def _listed(steps: list[int]) -> str:
-    return ("step " if len(steps) == 1 else "steps ") + ", ".join(map(str, steps))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:400]
 
 
 def _free_space(folder: epath.Path) -> str:

@@ -22,10 +22,10 @@ __all__ = ["MuonState", "OptimizerConfig", "make_optimizer", "orthogonalize", "s
 
 Tree = Any  # a nested dict of arrays, facts or booleans
 
-# Adam squares the gradient: in FP32 (with subnormals flushed, as XLA does on CPUs) the second moment of a gradient
-# below 5e-19 is zero, and dividing by eps = 1e-20 alone would give updates of up to 48. Adam of (scale * gradient)
-# with (scale * eps) is the same update, exactly for a power of two, and keeps that range away.
-ADAM_SCALE = 2.0**16
+# Adam squares the gradient. In FP32, with subnormals flushed as XLA does on CPUs, the second moment of a gradient below
+# 5e-19 is zero, and its first moment over eps = 1e-20 alone would be an update of up to 48. (Scaling gradient and eps
+# by a power of two would be exact, but XLA folds the factor out of the square.)
+ADAM_SMALLEST = 1e-18
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OptimizerConfig:
         adam_b2: decay of AdamW's second moment.
         adam_eps: added to the root of AdamW's second moment.
         clip_norm: bound on the global norm of the gradients of the trainable parameters, or None. Not in the report.
-        newton_schulz_dtype: "bfloat16" multiplies in BF16 with FP32 accumulation; "float32" is for CPUs and tests.
+        newton_schulz_dtype: "bfloat16" multiplies in BF16 with FP32 accumulation, 1% off the direction of "float32".
     """
 
     momentum: float = 0.95
@@ -62,7 +62,7 @@ class MuonState(NamedTuple):
 def make_optimizer(
     facts: Tree,
     learning_rate: optax.ScalarOrSchedule,
-    config: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+    config: OptimizerConfig = OptimizerConfig(),
     *,
     trainable: Tree | Callable[[Fact], bool] | None = None,
 ) -> optax.GradientTransformation:
@@ -151,12 +151,13 @@ def _scaled_directions(nesterov: Tree, moves: Tree, config: OptimizerConfig) -> 
 
 
 def _scale_by_adam(config: OptimizerConfig, moves: Tree) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` in scaled units (see ADAM_SCALE) that keeps the moments of frozen parameters."""
-    adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps * ADAM_SCALE)
+    """`optax.scale_by_adam` without gradients below ADAM_SMALLEST, keeping the moments of frozen parameters."""
+    adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         new: Any
-        updates, new = adam.update(jax.tree.map(lambda g: g * ADAM_SCALE, updates), state, params)
+        updates = jax.tree.map(lambda g: jnp.where(jnp.abs(g) < ADAM_SMALLEST, 0, g), updates)
+        updates, new = adam.update(updates, state, params)
         keep = partial(jax.tree.map, lambda move, after, before: after if move else before, moves)
         return updates, new._replace(mu=keep(new.mu, state.mu), nu=keep(new.nu, state.nu))
 

@@ -108,7 +108,7 @@ COMPONENTS = (
 
 def _activated(config: DeepseekV4Config, name: str, total: int) -> int:
     if name == "embedding":
-        return config.hidden_size
+        return total if config.tie_word_embeddings else config.hidden_size
     if name == "routed experts":
         return total * config.num_experts_per_tok // config.n_routed_experts
     return 0 if name == "MTP" else total

@@ -39,3 +39,8 @@ def join(tree: Any, length: int) -> Any:
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
     return jax.tree.map(one, tree)
+
+
+def materialise(x: jax.Array) -> jax.Array:
+    """x, computed once and kept: XLA may not fuse its computation into each of its readers and repeat it there."""
+    return jax.lax.optimization_barrier(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.kernels.streams import project, read, sinkhorn
 from dsv4_jax.layers.parameters import normal, parameter
 
 
@@ -44,7 +44,7 @@ class HyperConnection(nnx.Module):
     def __call__(self, streams: jax.Array) -> Maps:
         """The maps for streams [B, S, n, D]."""
         n = self.n
-        mix = _project(streams, self.fn[...], self.norm_eps)
+        mix = project(streams, self.fn[...], self.norm_eps)
         pre, post, comb = jnp.split(mix, [n, 2 * n], axis=-1)
         base_pre, base_post, base_comb = jnp.split(self.base[...], [n, 2 * n])
         scale = self.scale[...]
@@ -67,60 +67,13 @@ class HyperHead(nnx.Module):
 
     def __call__(self, streams: jax.Array) -> jax.Array:
         """[B, S, n, D] -> [B, S, D]."""
-        mix = _project(streams, self.fn[...], self.norm_eps)
+        mix = project(streams, self.fn[...], self.norm_eps)
         return read(streams, jax.nn.sigmoid(mix * self.scale[...] + self.base[...]) + self.hc_eps)
-
-
-def read(streams: jax.Array, pre: jax.Array) -> jax.Array:
-    """`sum_i pre_i stream_i`: [B, S, n, D], [B, S, n] -> [B, S, D] in the streams' dtype."""
-    return _weighted_sum(streams, pre).astype(streams.dtype)
-
-
-def write(streams: jax.Array, y: jax.Array, maps: Maps) -> jax.Array:
-    """`stream'_j = post_j y + sum_i comb_ij stream_i`: the FIRST index of comb is summed (its columns sum to 1 exactly)."""
-    written = [
-        maps.post[..., j, None] * y.astype(jnp.float32) + _weighted_sum(streams, maps.comb[..., j])
-        for j in range(streams.shape[-2])
-    ]
-    return jnp.stack(written, axis=-2).astype(streams.dtype)
-
-
-@partial(jax.named_call, name="sinkhorn")
-def sinkhorn(logits: jax.Array, iters: int, eps: float) -> jax.Array:
-    """Nearly doubly stochastic matrices from logits [.., n, n], float32.
-
-    Softmax over the last axis plus eps, a column normalisation, then `iters - 1` times rows and columns, each divisor
-    plus eps; it ends on columns, as the release does.
-    """
-    # The matrix axes lead, so that the many tokens, not the n entries of a row, fill the vector units.
-    a = jnp.moveaxis(logits.astype(jnp.float32), (-2, -1), (0, 1))
-    a = jax.nn.softmax(a, axis=1) + eps
-    a = a / (a.sum(0, keepdims=True) + eps)
-
-    def round_(a: jax.Array, _: None) -> tuple[jax.Array, None]:
-        a = a / (a.sum(1, keepdims=True) + eps)
-        return a / (a.sum(0, keepdims=True) + eps), None
-
-    a, _ = jax.lax.scan(round_, a, length=iters - 1)
-    return jnp.moveaxis(a, (0, 1), (-2, -1))
 
 
 def stochastic_errors(comb: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Largest distance of a row sum and of a column sum of comb [.., n, n] from 1."""
     return jnp.abs(comb.sum(-1) - 1).max(), jnp.abs(comb.sum(-2) - 1).max()
-
-
-def _project(streams: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
-    """`rms_norm(flatten(streams)) @ fn` without a norm weight, float32; the norm is applied after the narrow product."""
-    flat = streams.reshape(*streams.shape[:-2], -1).astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
-    return jnp.dot(flat, fn.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST) * inverse_rms
-
-
-def _weighted_sum(streams: jax.Array, weights: jax.Array) -> jax.Array:
-    """`sum_i weights_i stream_i` as one fused loop: n is tiny, a matrix product per token would waste the machine."""
-    terms = [weights[..., i, None] * streams[..., i, :].astype(jnp.float32) for i in range(streams.shape[-2])]
-    return sum(terms[1:], terms[0])
 
 
 def _logit(p: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,16 +38,21 @@ class Corpus:
                 yield name, text
 
     @functools.cached_property
+    def entries(self) -> list[tuple[bytes, int]]:
+        """Content hash and number of characters of each of `documents()`."""
+        return [(content_hash(text), len(text)) for _, text in self.documents()]
+
+    @functools.cached_property
     def heldout(self) -> np.ndarray:
         """Which of `documents()` are held out, bool [documents]: decided by each document's content.
 
         Raises:
             ValueError: when there are fewer than two documents.
         """
-        hashes = [content_hash(text) for _, text in self.documents()]
-        if len(hashes) < 2:
-            raise ValueError(f"corpus {self.manifest.corpus!r} has {len(hashes)} documents: training needs at least 2")
-        return choose_heldout(hashes)
+        if len(self.entries) < 2:
+            found = f"corpus {self.manifest.corpus!r} has {len(self.entries)} documents"
+            raise ValueError(f"{found}: at least 2 are needed, to train on one and hold out the other")
+        return choose_heldout(*zip(*self.entries, strict=True))
 
 
 def content_hash(text: str) -> bytes:
@@ -55,15 +60,17 @@ def content_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
 
 
-def choose_heldout(hashes: list[bytes]) -> np.ndarray:
-    """Held-out documents: hashes in the lowest 1%, and at least the 4 lowest (never more than half). bool [documents].
+def choose_heldout(hashes: Sequence[bytes], sizes: Sequence[int]) -> np.ndarray:
+    """Held-out documents, bool [documents]: those with the lowest hashes until they hold 1% of the text.
 
-    A document keeps its side when others come or go, except among the few lowest of a small corpus.
+    They are at least 4, and never more than half of the documents.
     """
-    fractions = np.array([int.from_bytes(digest[:6], "big") / 2**48 for digest in hashes])
-    at_least = min(HELDOUT_AT_LEAST, len(hashes) // 2)
-    chosen = fractions < HELDOUT_FRACTION
-    chosen[np.argsort(fractions, kind="stable")[:at_least]] = True
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
+    before = np.cumsum([0] + [sizes[i] for i in order[:-1]])
+    enough = int(np.searchsorted(before, HELDOUT_FRACTION * sum(sizes)))
+    count = min(max(enough, HELDOUT_AT_LEAST), len(hashes) // 2)
+    chosen = np.zeros(len(hashes), bool)
+    chosen[order[:count]] = True
     return chosen
 
 

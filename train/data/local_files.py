@@ -1,4 +1,4 @@
-"""The user's own text: .txt, .md, .py, .jsonl and .parquet files, folders and globs, or a saved Hugging Face dataset."""
+"""The user's own text: .txt, .md, .py, .jsonl and .parquet files, folders and globs, a saved Hugging Face dataset."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def prose_corpus() -> tuple[Manifest, Callable[[], list[tuple[str, str]]]]:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("--data prose reads the documentation inside botocore: pip install 'dsv4-jax[prose]'")
     root = Path(spec.submodule_search_locations[0]) / "data"
-    paths = sorted(root.rglob("service-2.json*"))
+    paths = sorted(root.rglob("service-2.json*"), key=Path.as_posix)
     files = tuple(SourceFile.of(path.relative_to(root).as_posix(), path) for path in paths)
     versions = {"botocore": importlib.metadata.version("botocore"), "recipe": RECIPE}
     return Manifest("prose", versions, files), functools.cache(lambda: list(_documents(root, paths)))

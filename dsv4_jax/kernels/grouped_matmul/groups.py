@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.kernels.chunks import materialise
+
 
 class Groups(NamedTuple):
     """Where each (token, slot) pair lies among R rows; every expert's rows start at a tile, padding rows are empty.
@@ -53,7 +55,7 @@ def make_groups(expert_ids: jax.Array, experts: int, tile: int) -> Groups:
 def spread(x: jax.Array, groups: Groups) -> jax.Array:
     """Copy each token to its rows: x [N, D] -> [R, D]; padding rows are zero. Its gradient is a gather, not a scatter."""
     token = groups.pair_of // groups.row_of.shape[1]
-    return x.at[token].get(mode="fill", fill_value=0)
+    return materialise(x).at[token].get(mode="fill", fill_value=0)
 
 
 def _spread_fwd(x: jax.Array, groups: Groups):
@@ -61,7 +63,7 @@ def _spread_fwd(x: jax.Array, groups: Groups):
 
 
 def _spread_bwd(groups: Groups, d_rows: jax.Array):
-    return d_rows[groups.row_of].astype(jnp.float32).sum(1).astype(d_rows.dtype), None
+    return materialise(d_rows)[groups.row_of].astype(jnp.float32).sum(1).astype(d_rows.dtype), None
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)
@@ -70,7 +72,7 @@ spread.defvjp(_spread_fwd, _spread_bwd)
 @jax.custom_vjp
 def collect(rows: jax.Array, groups: Groups) -> jax.Array:
     """Sum each token's rows: [R, D] -> [N, D], accumulated in float32. Its gradient is a gather too."""
-    return rows[groups.row_of].astype(jnp.float32).sum(1).astype(rows.dtype)
+    return materialise(rows)[groups.row_of].astype(jnp.float32).sum(1).astype(rows.dtype)
 
 
 def _collect_fwd(rows: jax.Array, groups: Groups):

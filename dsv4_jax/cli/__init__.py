@@ -1,0 +1,53 @@
+"""The `dsv4` command. Each command is one module here with `main(arguments)`; it is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from dsv4_jax.config_checks import nearest
+from dsv4_jax.errors import UserError
+
+COMMANDS = {  # name: module, what it does
+    "info": (
+        "dsv4_jax.cli.info",
+        "layer plan, exact parameter counts and cache size of a preset, config.json or folder",
+    ),
+    "train": ("dsv4_jax.cli.train", "train a model by a recipe, or resume an interrupted run"),
+    "sample": ("dsv4_jax.cli.sample", "continue a text with a trained checkpoint"),
+}
+EXAMPLES = """  dsv4 info v4-pro
+  dsv4 info path/to/model-folder
+  dsv4 train nano
+  dsv4 sample runs/nano --prompt 'def main():'"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `dsv4 COMMAND ...`; returns the exit status, 2 for requests that cannot be met."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"dsv4: there is no command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(COMMANDS[name][0]).main(rest)
+    except (UserError, FileNotFoundError, FileExistsError) as error:
+        print(f"dsv4 {name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def usage() -> str:
+    """The text of `dsv4 --help`."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return (
+        "DeepSeek-V4 in JAX.\n\nusage: dsv4 COMMAND [options]\n\n"
+        f"commands:\n{commands}\n\nexamples:\n{EXAMPLES}\n\n`dsv4 COMMAND --help` explains a command."
+    )

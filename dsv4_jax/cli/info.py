@@ -1,0 +1,115 @@
+"""`dsv4 info`: what an architecture is, from its configuration alone; nothing is allocated and JAX is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dsv4_jax.analysis import count
+from dsv4_jax.config import ConfigError, DeepseekV4Config
+from dsv4_jax.config_json import config_from_json
+from dsv4_jax.presets import PRESETS, article_plan, preset
+
+DESCRIPTION = """Print the layer plan, exact total and activated parameters per component, and the cache size.
+
+Examples:
+  dsv4 info v4-pro
+  dsv4 info nano --csa-per-hca 3
+  dsv4 info path/to/config.json
+  dsv4 info path/to/model-folder"""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Arguments of `dsv4 info`."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A preset (v4-pro, v4-flash, nano, mini, small), a config.json, or a folder that holds one."""
+    csa_per_hca: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Show the article's layer plan with this many CSA layers per HCA layer instead of the model's own."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse `arguments` and print."""
+    asked = tyro.cli(Info, args=list(arguments), prog="dsv4 info", description=DESCRIPTION)
+    config = find_config(asked.model)
+    if asked.csa_per_hca is not None:
+        config = article_plan(config, asked.csa_per_hca)
+    show(asked.model, config, Console())
+
+
+def find_config(model: str) -> DeepseekV4Config:
+    """The configuration of a preset, a config.json, or a folder that holds one.
+
+    Raises:
+        ConfigError: when it is none of these, or the file is wrong.
+    """
+    if model in PRESETS:
+        return preset(model)
+    if Path(model).exists():
+        return config_from_json(model)
+    try:
+        return preset(model)
+    except ConfigError as error:
+        raise ConfigError(f"{model!r} is no file or folder, and {error}") from None
+
+
+def show(name: str, config: DeepseekV4Config, console: Console) -> None:
+    """Print everything about `config`."""
+    console.print(f"[bold]{name}[/bold]", highlight=False)
+    facts = Table.grid(padding=(0, 2))
+    for row in describe(config):
+        facts.add_row(*row)
+    console.print(facts)
+    console.print(parameter_table(config))
+    rule = count.COUNTED.format(
+        k=config.num_experts_per_tok, experts=config.n_routed_experts, rows=f"{config.vocab_size:,}"
+    )
+    console.print(f"[dim]{rule}[/dim]", highlight=False)
+
+
+def describe(config: DeepseekV4Config) -> Iterator[tuple[str, str]]:
+    """Name and value of what is not a parameter count."""
+    c = config
+    layers = ", ".join(map(str, c.segments))
+    yield "layers", f"{c.num_hidden_layers}: {layers}" + (f"; MTP: {c.mtp_layers[0]}" if c.mtp_layers else "")
+    yield "width", f"{c.hidden_size} in {c.hc_mult} streams, {c.num_attention_heads} heads of {c.head_dim}"
+    yield "attention", f"window {c.sliding_window}" + (f", {c.index_topk} chosen CSA entries" if c.has_indexer else "")
+    shared = f"{c.n_routed_experts} of width {c.moe_intermediate_size}, {c.num_experts_per_tok} per token, 1 shared"
+    yield "experts", shared
+    yield "context", f"{c.max_position_embeddings:,} tokens"
+    grows, window = count.cache_elements_per_token(c), count.window_elements(c)
+    yield "cache", f"{2 * grows:,.0f} bytes per token and {2 * window:,} for the windows of a sequence, in bf16"
+    if entries := count.table_entries(c):
+        yield "hash tables", f"{entries:,} integers"
+
+
+def parameter_table(config: DeepseekV4Config) -> Table:
+    """Total and activated parameters per component, and their sums with and without the MTP module."""
+    table = Table("component", title="parameters", title_justify="left")
+    table.add_column("total", justify="right")
+    table.add_column("activated", justify="right")
+    components = count.count_parameters(config)
+    for part in components:
+        table.add_row(part.name, f"{part.total:,}", f"{part.activated:,}")
+    table.add_section()
+    total, activated = sum(part.total for part in components), sum(part.activated for part in components)
+    mtp = sum(part.total for part in components if part.name == "MTP")
+    if mtp:
+        table.add_row("main stack", short(total - mtp), short(activated))
+    table.add_row("[bold]all", f"[bold]{total:,}", f"[bold]{activated:,}")
+    return table
+
+
+def short(number: int) -> str:
+    """Three digits and a unit: 284B, 1.57T, 19.6M."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.{max(0, 3 - len(str(number // size)))}f}{unit}"
+    return str(number)

@@ -1,0 +1,97 @@
+"""`dsv4 sample`: continue a text with a trained checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dsv4_jax.errors import UserError
+
+DESCRIPTION = """Continue a text with a trained checkpoint.
+
+Examples:
+  dsv4 sample runs/nano
+  dsv4 sample runs/nano --prompt 'def main():' --max-new-tokens 100 --temperature 0.7
+  dsv4 sample runs/nano --step 200 --temperature 0"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of `dsv4 sample`."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A run folder of `dsv4 train`, its `checkpoints` folder, or a folder of config.json and safetensors."""
+    prompt: str = "def "
+    """The text to continue."""
+    max_new_tokens: int = 64
+    """At most so many tokens."""
+    temperature: float = 0.8
+    """Of the softmax; 0 always takes the most likely token."""
+    top_p: float = 0.95
+    """Sample from the smallest set of tokens that holds this much probability."""
+    seed: int = 0
+    """Of the choices."""
+    count: int = 1
+    """How many continuations."""
+    step: int | None = None
+    """Checkpoint of this step; the newest good one by default."""
+    tokenizer: str | None = None
+    """bytes, deepseek, or a tokenizer.json; what lies beside the checkpoint by default."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse `arguments`, load, and print continuations."""
+    asked = tyro.cli(Sample, args=list(arguments), prog="dsv4 sample", description=DESCRIPTION)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    import jax
+    import numpy as np
+
+    from dsv4_jax.inference.sample import SampleOptions, sample
+    from train.loop import use_compilation_cache
+
+    use_compilation_cache()
+    folder = Path(asked.checkpoint).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}: give a run folder such as runs/nano")
+    tokenizer = _tokenizer(asked, folder)
+    config, params = _model(folder, asked.step)
+    options = SampleOptions(asked.max_new_tokens, asked.temperature, asked.top_p, tokenizer.eos_id)
+    prompt = np.array([tokenizer.bos_id, *tokenizer.encode(asked.prompt)], np.int32)
+    for number in range(asked.count):
+        key = jax.random.fold_in(jax.random.key(asked.seed), number)
+        ids = sample(config, params, prompt, key, options)
+        print(asked.prompt + tokenizer.decode(ids.tolist()))
+
+
+def _tokenizer(asked: Sample, folder: Path) -> Any:
+    from dsv4_jax.tokenizer import load_tokenizer
+
+    if asked.tokenizer:
+        return load_tokenizer(asked.tokenizer)
+    places = (folder, folder.parent)
+    found = next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    if found is None:
+        raise UserError(f"there is no tokenizer.json in {folder}: name one with --tokenizer")
+    return load_tokenizer(found)
+
+
+def _model(folder: Path, step: int | None) -> tuple[Any, Any]:
+    """Configuration and parameters of a run, of its checkpoints, or of a folder of safetensors."""
+    from dsv4_jax.config_json import config_from_json
+    from train.checkpointing import CheckpointError, load_params
+
+    if any(folder.glob("*.safetensors")):
+        from dsv4_jax.checkpoint import load_checkpoint
+
+        return load_checkpoint(folder)
+    run = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    try:
+        config, params = load_params(run, step)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    return config_from_json(config), params

@@ -1,0 +1,80 @@
+"""`dsv4 train`: run a recipe, or go on with one that was interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from dsv4_jax.errors import UserError
+
+DESCRIPTION = """Train a model by a recipe. Repeat the same command to resume an interrupted run.
+
+Examples:
+  dsv4 train nano
+  dsv4 train nano --data path/to/texts --out runs/mine
+  dsv4 train nano --set learning_rate.peak=2e-3 --set stages.sparse.steps=200
+  dsv4 train --recipe my-recipe.json
+  dsv4 train mini --show"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Arguments of `dsv4 train`."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """A recipe: nano, mini, small, flash, pro."""
+    recipe: str | None = None
+    """A recipe file instead: .json (whole, or with "base" and what differs from it), or .py with RECIPE."""
+    out: str | None = None
+    """The run folder; runs/NAME by default. A folder with this very run is resumed."""
+    data: str | None = None
+    """The text: python, prose, or a file, folder or glob (.txt .md .py .jsonl .parquet, a saved Hugging Face dataset)."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Change one setting, NAME=VALUE by dotted name; can be repeated. Stages go by number or name."""
+    cache: str | None = None
+    """Where token files and compiled programs are kept; the user's cache folder by default."""
+    show: bool = False
+    """Print the resolved recipe as JSON, check it, and stop."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse `arguments` and train."""
+    asked = tyro.cli(Train, args=list(arguments), prog="dsv4 train", description=DESCRIPTION)
+    if (asked.name is None) == (asked.recipe is None):
+        raise UserError("name one recipe (dsv4 train nano) or one file (dsv4 train --recipe FILE)")
+    from train.recipe import find_recipe
+
+    settings = [*asked.set, *([f"data.corpus={asked.data}"] if asked.data else [])]
+    recipe = find_recipe(asked.name or asked.recipe or "", settings)
+    if asked.show:
+        return show(recipe)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    from train.checkpointing import CheckpointError
+    from train.data.manifest import DataMismatchError
+    from train.loop import train, use_compilation_cache
+
+    use_compilation_cache(asked.cache)
+    out = asked.out or f"runs/{recipe.name}"
+    try:
+        train(recipe, out, cache=asked.cache)
+    except (CheckpointError, DataMismatchError) as error:
+        raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted. The same command goes on from the newest checkpoint in {out}") from None
+
+
+def show(recipe) -> None:
+    """Print the recipe with every setting, checked."""
+    import json
+
+    from train.recipe import recipe_to_json
+
+    recipe.check()
+    print(json.dumps(recipe_to_json(recipe), indent=2))
+    print(f"{recipe.steps:,} steps, {recipe.tokens:,} tokens")

@@ -1,0 +1,7 @@
+"""The base of errors that are addressed to a person: command lines print their message without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something in a configuration, file or request is wrong; the message says what, where, and what would be right."""

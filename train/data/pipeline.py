@@ -1,0 +1,260 @@
+"""From token files to batches: shuffle, fill in the middle, pack, shard, resume, for ever."""
+
+from __future__ import annotations
+
+import functools
+import lzma
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
+from train.data.packing import PACKINGS, Piece
+from train.data.retrieval import RecallTask
+from train.data.tokens import TokenStore
+
+Batch = dict[str, np.ndarray]
+"""`tokens`, `segment_ids` (1, 2, ... for each piece of a document, 0 padding) and `positions` (from 0 in each piece),
+all int32 [batch, sequence]."""
+
+_MIXTURE_PARTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What the batches of one training stage look like.
+
+    Attributes:
+        seq_len: tokens of a row.
+        batch_size: rows of a batch, over all processes together.
+        seed: decides the order of documents, the holes of fill-in-the-middle, and the recall documents.
+        packing: `concat` (one stream cut into rows, no padding) or `first_fit` (documents kept whole where they fit).
+        align: documents begin at multiples of this.
+        fim_rate: share of documents rearranged for fill-in-the-middle (the report: 0.1).
+        recall: the long-range recall task to mix in; its documents fill whole rows.
+        mixture: share of rows that are recall documents, in [0, 1).
+        start: where this stage begins in the stream of tokens: the `offset` at which the stage before it ended.
+    """
+
+    seq_len: int
+    batch_size: int
+    seed: int = 0
+    packing: Literal["concat", "first_fit"] = "concat"
+    align: int = 1
+    fim_rate: float = 0.0
+    recall: RecallTask | None = None
+    mixture: float = 0.0
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot work; says which."""
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing {self.packing!r} is not one of {', '.join(PACKINGS)}")
+        if min(self.seq_len, self.batch_size, self.align) < 1 or self.start < 0:
+            raise ValueError("seq_len, batch_size and align must be at least 1, start at least 0")
+        if not 0 <= self.fim_rate <= 1 or not 0 <= self.mixture < 1:
+            raise ValueError(f"fim_rate {self.fim_rate} must lie in [0, 1] and mixture {self.mixture} in [0, 1)")
+        if self.mixture and self.recall is None:
+            raise ValueError("mixture > 0 needs a recall task")
+
+
+class Rows:
+    """Every row of a stage by its number: the whole truth about the order of the data."""
+
+    def __init__(self, store: TokenStore, config: BatchConfig):
+        """Plans the rows over the training documents of `store`."""
+        self.store, self.config = store, config
+        fim = (FIM_BEGIN, FIM_HOLE, FIM_END) if config.fim_rate else ()
+        self._fim_ids = [store.tokenizer.special_id(token) for token in fim]
+        packing = PACKINGS[config.packing]
+        self._packing = packing(self._lengths, config.seq_len, config.seed, config.start, config.align)
+        self._mixed_parts = round(config.mixture * _MIXTURE_PARTS)
+
+    def row(self, index: int) -> Batch:
+        """Row `index` as a batch entry without the batch axis."""
+        before = self._recall_rows(index)
+        if self.config.recall and self._recall_rows(index + 1) > before:
+            return self._recall_row(before)
+        row = empty_rows((self.config.seq_len,), self.store.tokenizer.pad_id)
+        for segment, piece in enumerate(self._packing.row(index - before), 1):
+            put(row, piece.column, segment, self._tokens(piece))
+        return row
+
+    def offset(self, rows: int) -> int:
+        """Place in the stream of tokens after so many rows: the `start` of a stage that goes on from there."""
+        return self.config.start + (rows - self._recall_rows(rows)) * self.config.seq_len
+
+    def _recall_rows(self, index: int) -> int:
+        """How many of the first `index` rows are recall documents: evenly spread, exact, without randomness."""
+        return index * self._mixed_parts // _MIXTURE_PARTS
+
+    def _recall_row(self, number: int) -> Batch:
+        assert self.config.recall is not None
+        seed = (self.config.seed, self.config.start, number)  # with the start, so that no stage repeats another's
+        document = self.config.recall.document(self.store, self.config.seq_len, seed)
+        row = empty_rows((self.config.seq_len,), self.store.tokenizer.pad_id)
+        put(row, 0, 1, document.tokens)
+        return row
+
+    def _lengths(self, epoch: int) -> np.ndarray:
+        return self.store.lengths[self.store.train_documents] + len(self._fim_ids) * self._has_hole(epoch)
+
+    @functools.lru_cache(maxsize=3)  # noqa: B019 (lives as long as the run)
+    def _has_hole(self, epoch: int) -> np.ndarray:
+        chosen = np.random.default_rng([self.config.seed, epoch, 1]).random(len(self.store.train_documents))
+        return chosen < self.config.fim_rate
+
+    def _tokens(self, piece: Piece) -> np.ndarray:
+        document = self.store.document(self.store.train_documents[piece.document])
+        if self._has_hole(piece.epoch)[piece.document]:
+            rng = np.random.default_rng([self.config.seed, piece.epoch, 2, piece.document])
+            document = fill_in_the_middle(document, rng, *self._fim_ids)
+        return document[piece.begin : piece.end]
+
+
+class TrainBatches:
+    """Endless iterator over one process's part of every batch.
+
+    Its state is the number of batches taken: a small JSON dictionary, the same on every process and for any number of
+    processes. Rows [p * b, (p + 1) * b) of a batch belong to process p, b = batch_size / process_count.
+    """
+
+    def __init__(self, store: TokenStore, config: BatchConfig, process_index: int = 0, process_count: int = 1):
+        """Begins at batch 0; `set_state` moves it."""
+        if config.batch_size % process_count or not 0 <= process_index < process_count:
+            found = f"process {process_index} of {process_count}, batch_size {config.batch_size}"
+            raise ValueError(f"{found}: the number of processes must divide the batch, and the index lie below it")
+        self.rows = Rows(store, config)
+        self._identity = {"data": store.identity, "stage": _plain(asdict(config))}
+        share = config.batch_size // process_count
+        source = _Share(self.rows, config.batch_size, process_index * share, share)
+        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(ahead))
+        self.step = 0
+
+    def __iter__(self) -> TrainBatches:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch: [batch_size / process_count, seq_len] int32 arrays."""
+        batch = next(self._iterator)
+        self.step += 1
+        return batch
+
+    @property
+    def offset(self) -> int:
+        """Where a stage that follows now begins: its `start`."""
+        return self.rows.offset(self.step * self.rows.config.batch_size)
+
+    def close(self) -> None:
+        """Stops reading ahead; call it before the iterator of the next stage is made."""
+        self._iterator.close()
+
+    def get_state(self) -> dict[str, Any]:
+        """Batches taken, and what they were made of; JSON."""
+        return {"step": self.step, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to the place of a state; ValueError when it belongs to other data or another stage."""
+        for part in ("data", "stage"):
+            if state.get(part) != self._identity[part]:
+                raise ValueError(
+                    f"the saved state is of other {part}: {_changes(state.get(part), self._identity[part])}"
+                )
+        self.step = int(state["step"])
+        self._iterator.set_state({"next_index": self.step})
+
+
+class _Share:
+    """Batch `index` of one process, as grain wants a source."""
+
+    def __init__(self, rows: Rows, batch_size: int, first: int, count: int):
+        self._rows, self._batch_size, self._first, self._count = rows, batch_size, first, count
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch_size
+
+    def __getitem__(self, index: int) -> Batch:
+        first = int(index) * self._batch_size + self._first
+        rows = [self._rows.row(first + i) for i in range(self._count)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def heldout_batches(
+    store: TokenStore,
+    seq_len: int,
+    batch_size: int,
+    *,
+    documents: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The text of the (first `documents`) held-out documents, each token predicted exactly once.
+
+    A document longer than a row is cut; each further piece repeats the last token of the piece before it, so that the
+    next-token targets within the segments are all tokens but BOS, once. Divide the summed loss by the length of
+    `store.heldout_bytes(documents)` (see `bits_per_byte`). All batches are full [batch_size / process_count, seq_len]
+    and every process gets the same number of them; the rest is padding.
+    """
+    share = batch_size // process_count
+    pieces = [
+        store.document(i)[begin : begin + seq_len]
+        for i in store.heldout_documents[:documents]
+        for begin in range(0, max(1, int(store.lengths[i]) - 1), seq_len - 1)
+    ]
+    for first in range(0, len(pieces), batch_size):
+        batch = empty_rows((share, seq_len), store.tokenizer.pad_id)
+        mine = pieces[first + process_index * share : first + (process_index + 1) * share]
+        for place, piece in enumerate(mine):
+            put({name: array[place] for name, array in batch.items()}, 0, 1, piece)
+        yield batch
+
+
+def empty_rows(shape: tuple[int, ...], pad_id: int) -> Batch:
+    """Rows of padding: `pad_id`, segment 0, position 0."""
+    zeros = np.zeros(shape, np.int32)
+    return {"tokens": np.full(shape, pad_id, np.int32), "segment_ids": zeros, "positions": zeros.copy()}
+
+
+def put(row: Batch, column: int, segment: int, tokens: np.ndarray) -> None:
+    """Writes a piece of a document into a row, in place."""
+    place = slice(column, column + len(tokens))
+    row["tokens"][place], row["segment_ids"][place] = tokens, segment
+    row["positions"][place] = np.arange(len(tokens))
+
+
+def fill_in_the_middle(document: np.ndarray, rng: np.random.Generator, begin: int, hole: int, end: int) -> np.ndarray:
+    """BOS text EOS -> BOS <begin> prefix <hole> suffix <end> middle EOS (prefix, suffix, middle), cut at two places."""
+    text = document[1:-1]
+    first, second = np.sort(rng.integers(0, len(text) + 1, 2))
+    parts = [document[:1], [begin], text[:first], [hole], text[second:], [end], text[first:second], document[-1:]]
+    return np.concatenate([np.asarray(part, document.dtype) for part in parts])
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Summed natural-log loss over a text of `n_bytes` -> bits for each byte of it."""
+    return nats / math.log(2) / n_bytes
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """What `xz -9` needs for the text, in bits per byte: the line that a language model must get under."""
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+def _plain(value: Any) -> Any:
+    """As it looks after a trip through JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _changes(saved: Any, now: dict[str, Any]) -> str:
+    saved = saved if isinstance(saved, dict) else {}
+    names = [name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in sorted(names))

@@ -1,0 +1,111 @@
+"""What a model has learned: bits per byte of held-out text, recall far beyond the window, mass found by the indexer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax import model
+from dsv4_jax.config import DeepseekV4Config
+from train.data.pipeline import Batch, bits_per_byte, heldout_batches
+from train.data.retrieval import RecallScore, RecallTask, recall_batches
+from train.data.tokens import TokenStore
+from train.losses import LOGIT_ELEMENTS, shifted_targets
+
+Attention = Literal["dense", "sparse"]
+Scores = dict[str, jax.Array]
+
+
+class Evaluator:
+    """Scores parameters on held-out text; compiles once for each kind of attention.
+
+    Args:
+        config: the architecture.
+        store: the tokenised corpus, with its held-out documents.
+        seq_len: tokens of a row.
+        batch_size: rows of a batch.
+        forward: `model.forward`, possibly with dtype and policy filled in.
+    """
+
+    def __init__(
+        self,
+        config: DeepseekV4Config,
+        store: TokenStore,
+        seq_len: int,
+        batch_size: int,
+        forward: Callable[..., model.Output] = model.forward,
+    ):
+        """See the class."""
+        self.config, self.store, self.seq_len, self.batch_size = config, store, seq_len, batch_size
+        self._scores = {mode: jax.jit(partial(scores, config, forward, mode)) for mode in ("dense", "sparse")}
+
+    def heldout(self, params: Any, attention: Attention, documents: int | None = None) -> dict[str, float]:
+        """"heldout_bpb", bits per byte of the (first `documents`) held-out documents; dense also "index_recall".
+
+        Recall is the share of the dense attention's mass on compressed entries that the indexer's choice would hold.
+        """
+        batches = heldout_batches(self.store, self.seq_len, self.batch_size, documents=documents)
+        results = [self._run(params, attention, batch) for batch in batches]
+        nats = sum(float(result["nats"]) for result in results)
+        found = {"heldout_bpb": bits_per_byte(nats, len(self.store.heldout_bytes(documents)))}
+        if results and "recall" in results[0]:
+            seen = max(sum(float(result["seeing"]) for result in results), 1.0)
+            found["index_recall"] = sum(float(result["recall"]) for result in results) / seen
+        return found
+
+    def recall(self, params: Any, attention: Attention, task: RecallTask, rows: int) -> RecallScore:
+        """The long-range recall task on about `rows` documents."""
+        score = RecallScore()
+        count = max(1, rows // self.batch_size)
+        for batch in recall_batches(self.store, task, self.seq_len, self.batch_size, count):
+            score.add(batch, np.asarray(self._run(params, attention, batch)["predicted"]))
+        return score
+
+    def _run(self, params: Any, attention: Attention, batch: Batch) -> Scores:
+        return self._scores[attention](params, batch["tokens"], batch["segment_ids"])
+
+
+def scores(
+    config: DeepseekV4Config,
+    forward: Callable[..., model.Output],
+    attention: Attention,
+    params: Any,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+) -> Scores:
+    """What one batch [B, S] gives.
+
+    Returns:
+        "nats": summed next-token cross-entropy within documents; "predicted" int32 [B, S]: the most likely token after
+        each place; in dense attention with CSA layers also "recall" and "seeing", the summed recall of the indexers and
+        the number of (layer, token) pairs that it is a sum over.
+    """
+    dense = attention == "dense"
+    out = forward(
+        config, params, tokens, segment_ids=segment_ids, attention=attention, logits=False, index_loss=dense
+    )
+    targets, weights = shifted_targets(tokens, segment_ids, 1)
+    hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
+    nats, predicted = _nats_and_best(hidden, model.output_matrix(params), targets.reshape(-1))
+    found = {"nats": (nats * weights.reshape(-1)).sum(), "predicted": predicted.reshape(tokens.shape)}
+    if indexed := [layer["index_loss"] for layer in out.layers if "index_loss" in layer]:
+        found["recall"] = sum(jnp.where(loss.counts, loss.recall, 0.0).sum() for loss in indexed)
+        found["seeing"] = sum(loss.counts.sum() for loss in indexed)
+    return found
+
+
+def _nats_and_best(hidden: jax.Array, matrix: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and most likely token of each of N rows, in chunks: no [N, V] logits are held."""
+    narrow = matrix.astype(hidden.dtype)
+
+    def one(row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = jnp.dot(row[0], narrow, preferred_element_type=jnp.float32)
+        return jax.nn.logsumexp(logits) - logits[row[1]], logits.argmax().astype(jnp.int32)
+
+    chunk = max(1, min(LOGIT_ELEMENTS // matrix.shape[1], hidden.shape[0]))
+    return jax.lax.map(one, (hidden, targets), batch_size=chunk)

@@ -1,0 +1,288 @@
+"""A whole training run as data: model, text, stages, optimizer, losses, precision and how often to look and save."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+
+from dsv4_jax.config import ConfigError, DeepseekV4Config
+from dsv4_jax.config_checks import nearest
+from dsv4_jax.errors import UserError
+from dsv4_jax.presets import preset
+from train.losses import LossWeights
+from train.optimizer import OptimizerConfig
+from train.recipe_json import read_json, recipe_from_json, recipe_to_json, set_values
+from train.schedule import warmup_constant_cosine
+from train.step import Kind, Precision
+
+__all__ = ["Recipe", "RecipeError", "find_recipe", "recipe_from_json", "recipe_to_json", "set_values"]
+
+RECIPES = ("nano", "mini", "small", "flash", "pro")
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run; the message names the setting and what would be right."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which architecture.
+
+    Attributes:
+        preset: a name of `dsv4_jax.presets`.
+        overrides: configuration fields to change; `--set model.hidden_size=128` writes here.
+    """
+
+    preset: str = "nano"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> DeepseekV4Config:
+        """The configuration. Raises ConfigError."""
+        return preset(self.preset).replace(**self.overrides)
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which text, and how it becomes rows.
+
+    Attributes:
+        corpus: `python`, `prose`, or a path, as `train.data.corpus.resolve` takes it.
+        tokenizer: `bpe` (learned from the corpus, as large as the model's vocabulary allows), `bytes`, `deepseek`, or a
+            tokenizer.json.
+        packing: `concat` or `first_fit`.
+        fim_rate: share of documents rearranged to fill in the middle.
+        recall_share: share of rows that are documents of the long-range recall task.
+        recall_pairs: pairs that such a document states and asks for.
+        recall_distance: tokens between a statement and its question, at least; beyond the window.
+    """
+
+    corpus: str = "python"
+    tokenizer: str = "bpe"
+    packing: Literal["concat", "first_fit"] = "concat"
+    fim_rate: float = 0.0
+    recall_share: float = 0.0
+    recall_pairs: int = 8
+    recall_distance: int = 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with one kind of attention and one shape of batch: one compiled step.
+
+    Attributes:
+        name: shown in progress, metrics and pictures.
+        kind: "dense" (all visible entries), "indexer_warmup" (dense; only the indexers train) or "sparse".
+        steps: optimizer steps.
+        sequence_length: tokens of a row.
+        batch_size: rows of a batch, over all devices.
+        microbatches: parts of a batch that are computed one after another, to save memory.
+    """
+
+    name: str
+    kind: Kind
+    steps: int
+    sequence_length: int
+    batch_size: int
+    microbatches: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its batches."""
+        return self.steps * self.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Warm-up, constant, cosine tail, over the steps of all stages.
+
+    Attributes:
+        peak: from the end of the warm-up to the start of the decay.
+        floor: at the end of the run.
+        warmup_steps: of a linear start.
+        decay_start: share of the run's steps after which the cosine begins (and the MTP weight falls).
+    """
+
+    peak: float = 2.7e-4
+    floor: float = 2.7e-5
+    warmup_steps: int = 2000
+    decay_start: float = 0.8
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often, in steps, and on how much.
+
+    Attributes:
+        checkpoint_every: steps between checkpoints; there is one at the end too.
+        keep: checkpoints that stay.
+        eval_every: steps between evaluations on held-out text; there is one at the end too. 0: only at the end.
+        eval_documents: held-out documents of the evaluations between.
+        final_documents: held-out documents of the last evaluation, which `xz` compresses as well; None: all.
+        eval_batch_size: rows of an evaluation batch.
+        recall_rows: recall documents of an evaluation (the last takes four times as many); 0 evaluates no recall.
+    """
+
+    checkpoint_every: int = 500
+    keep: int = 3
+    eval_every: int = 500
+    eval_documents: int = 16
+    final_documents: int | None = None
+    eval_batch_size: int = 8
+    recall_rows: int = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run. `check` says what is wrong with it before anything long starts.
+
+    Attributes:
+        name: also the default run folder, `runs/NAME`.
+        about: expected time and result.
+        model: architecture.
+        data: text.
+        stages: in order.
+        optimizer: numbers of Muon and AdamW.
+        learning_rate: the schedule.
+        losses: weights of the losses.
+        precision: compute dtype, rematerialisation.
+        cadence: checkpoints and evaluations.
+        seed: of parameters and data.
+    """
+
+    name: str
+    about: str
+    model: ModelChoice
+    data: DataChoice
+    stages: tuple[Stage, ...]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learning_rate: LearningRate = LearningRate()
+    losses: LossWeights = LossWeights()
+    precision: Precision = Precision()
+    cadence: Cadence = Cadence()
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def decay_start(self) -> int:
+        """The step at which the cosine begins."""
+        return round(self.learning_rate.decay_start * self.steps)
+
+    def schedule(self) -> optax.Schedule:
+        """Learning rate by step. Raises ValueError when its phases overlap."""
+        rate = self.learning_rate
+        return warmup_constant_cosine(rate.peak, rate.floor, rate.warmup_steps, self.decay_start, self.steps)
+
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """(index of the stage that does step `step`, counted from 0; its first step)."""
+        first = 0
+        for index, stage in enumerate(self.stages):
+            if step < first + stage.steps:
+                return index, first
+            first += stage.steps
+        raise ValueError(f"the run has {self.steps} steps; there is no step {step}")
+
+    def check(self) -> DeepseekV4Config:
+        """The model's configuration, if everything fits together.
+
+        Raises:
+            RecipeError, ConfigError: with every setting that is wrong.
+        """
+        config = self.model.config
+        problems = [problem for i, stage in enumerate(self.stages) for problem in _stage_problems(i, stage, config)]
+        problems += [] if self.stages else ["stages is empty: a run needs at least one"]
+        problems += _number_problems(self)
+        if not problems:
+            try:
+                self.schedule()
+            except ValueError as error:
+                problems.append(f"learning_rate: {error}")
+        if problems:
+            raise RecipeError(f"recipe {self.name!r} cannot run:\n  " + "\n  ".join(problems))
+        return config
+
+
+def find_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe called `source` or in the file `source`, with `settings` (`"stages.0.steps=100"`) applied.
+
+    A file is a .json, whole or with a `"base"` recipe that it changes, or a .py that defines `RECIPE`.
+
+    Raises:
+        RecipeError, FileNotFoundError: unknown name, file or setting, with the nearest known one.
+    """
+    try:
+        recipe = _found(str(source))
+        return set_values(recipe, settings)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _found(source: str) -> Recipe:
+    if source in RECIPES:
+        return importlib.import_module(f"train.recipes.{source}").RECIPE
+    if not source.endswith((".json", ".py")):
+        raise RecipeError(
+            f"there is no recipe {source!r}{nearest(source, RECIPES)}: recipes are {', '.join(RECIPES)}, or a .json or .py "
+            "file with --recipe"
+        )
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"there is no recipe file {source}")
+    if source.endswith(".py"):
+        recipe = runpy.run_path(source).get("RECIPE")
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(f"{source} does not define RECIPE = Recipe(...)")
+        return recipe
+    data = read_json(Path(source))
+    base = data.pop("base", None)
+    return recipe_from_json(Recipe, data, base=None if base is None else _found(base))
+
+
+def with_name(recipe: Recipe, name: str) -> Recipe:
+    """The recipe under another name."""
+    return replace(recipe, name=name)
+
+
+def _stage_problems(index: int, stage: Stage, config: DeepseekV4Config) -> list[str]:
+    where, problems = f"stages.{index} ({stage.name})", []
+    for name in ("steps", "sequence_length", "batch_size", "microbatches"):
+        if getattr(stage, name) < 1:
+            problems.append(f"{where}: {name} is {getattr(stage, name)}, at least 1 is needed")
+    if stage.microbatches > 0 and stage.batch_size % stage.microbatches:
+        problems.append(f"{where}: microbatches {stage.microbatches} must divide batch_size {stage.batch_size}")
+    if stage.sequence_length > config.max_position_embeddings:
+        longest = config.max_position_embeddings
+        problems.append(f"{where}: sequence_length {stage.sequence_length} exceeds max_position_embeddings {longest}")
+    if stage.kind == "indexer_warmup" and not config.has_indexer:
+        problems.append(f"{where}: the model has no CSA layer, so there is no indexer to warm up")
+    return problems
+
+
+def _number_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    if not 0 < recipe.learning_rate.decay_start < 1:
+        problems.append(f"learning_rate.decay_start is a share of the run, not {recipe.learning_rate.decay_start}")
+    if not 0 <= recipe.data.recall_share < 1:
+        problems.append(f"data.recall_share is {recipe.data.recall_share}; it must lie in [0, 1)")
+    window = recipe.model.config.sliding_window
+    if recipe.data.recall_distance < window:
+        problems.append(f"data.recall_distance is {recipe.data.recall_distance}: below the window of {window} it tests nothing")
+    if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
+        problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
+    return problems

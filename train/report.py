@@ -1,0 +1,118 @@
+"""The end of a run: what it learned against `xz -9`, a sample, the recall figure, the curves, and where the time went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from dsv4_jax.inference.sample import SampleOptions, sample
+from train.data.pipeline import xz_bits_per_byte
+from train.data.retrieval import RecallScore, RecallTask
+from train.data.tokens import TokenStore
+from train.plots import plot_curves
+
+if TYPE_CHECKING:
+    from train.loop import Evaluators, Run
+
+PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
+
+
+def finish(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> dict[str, Any]:
+    """Measures, draws and writes everything about the trained parameters; returns the summary."""
+    recipe, last = run.recipe, run.recipe.stages[-1]
+    attention = "sparse" if last.kind == "sparse" else "dense"
+    documents, evaluator = recipe.cadence.final_documents, evaluators.at(last.sequence_length)
+    with run.phase("evaluation"):
+        run.say("evaluating on held-out text ...")
+        summary: dict[str, Any] = {"steps": recipe.steps, "tokens": recipe.tokens}
+        summary |= evaluator.heldout(params, attention, documents)
+        if attention == "sparse" and run.config.has_indexer:  # recall is of the dense attention's mass
+            dense = evaluator.heldout(params, "dense", recipe.cadence.eval_documents)
+            summary |= {name: value for name, value in dense.items() if name == "index_recall"}
+        summary["xz_bpb"] = xz_bits_per_byte(store.heldout_bytes(documents))
+    if recipe.cadence.recall_rows:
+        with run.phase("evaluation"):
+            task = RecallTask(n_pairs=recipe.data.recall_pairs, min_distance=recipe.data.recall_distance)
+            score = evaluator.recall(params, attention, task, 4 * recipe.cadence.recall_rows)
+        summary |= {"retrieval_accuracy": score.accuracy, "retrieval_chance": task.chance(store.tokenizer)["shown"]}
+        edges = _edges(task, last.sequence_length)
+        summary["retrieval_by_distance"] = score.by_distance(edges)
+        summary["retrieval_by_phase"] = score.by_phase()
+    with run.phase("sample and pictures"):
+        prompt, continuation = heldout_sample(run, store, params)
+        summary["sample"] = {"prompt": prompt, "continuation": continuation}
+        if jax.process_index() == 0:
+            _draw(run, summary, score if recipe.cadence.recall_rows else None)
+    summary["seconds"] = {name: round(seconds, 1) for name, seconds in run.seconds.items()}
+    run.folder.write_json("summary.json", summary)
+    run.say(describe(run, summary))
+    return summary
+
+
+def heldout_sample(run: Run, store: TokenStore, params: Any) -> tuple[str, str]:
+    """The beginning of a held-out document, and how the model goes on, as text."""
+    document = store.document(int(store.heldout_documents[0]))[:PROMPT_TOKENS]
+    room = min(SAMPLE_TOKENS, run.config.max_position_embeddings - len(document))
+    options = SampleOptions(max_new_tokens=room, temperature=0.8, top_p=0.95, eos_id=store.tokenizer.eos_id)
+    ids = sample(run.config, params, document.astype(np.int32), jax.random.key(run.recipe.seed), options)
+    return store.tokenizer.decode(document[1:].tolist()), store.tokenizer.decode(ids.tolist())
+
+
+def describe(run: Run, summary: dict[str, Any]) -> str:
+    """The summary for a person."""
+    bpb, xz = summary["heldout_bpb"], summary["xz_bpb"]
+    lines = [
+        "",
+        f"held-out text: {bpb:.3f} bits per byte; xz -9 on the same text: {xz:.3f} "
+        f"({'the model is better' if bpb < xz else 'xz is better'} by {abs(1 - bpb / xz):.0%})",
+    ]
+    if "index_recall" in summary:
+        lines.append(f"indexer: its choice holds {summary['index_recall']:.1%} of the dense attention's mass")
+    if "retrieval_accuracy" in summary:
+        far = ", ".join(f"{distance}+: {right:.0%}" for distance, right in summary["retrieval_by_distance"].items())
+        lines.append(
+            f"recall of names stated at least {run.recipe.data.recall_distance} tokens before (window "
+            f"{run.config.sliding_window}): {summary['retrieval_accuracy']:.1%}, chance "
+            f"{summary['retrieval_chance']:.1%}; by distance {far}"
+        )
+    lines += ["", "sample (prompt | continuation):", summary["sample"]["prompt"] + " | " + summary["sample"]["continuation"]]
+    total = sum(summary["seconds"].values())
+    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
+    lines += ["", f"time: {total:.0f} s in this session ({parts})"]
+    lines.append(f"in {run.folder.root}: curves.png, retrieval.png, summary.json, metrics.jsonl, checkpoints/")
+    return "\n".join([*lines, f"go on with: dsv4 sample {run.folder.root} --prompt 'def main():'"])
+
+
+def _edges(task: RecallTask, length: int) -> list[int]:
+    """Lower edges of distance bins, doubling from the task's least distance on."""
+    edges = [task.min_distance]
+    while edges[-1] * 2 < length:
+        edges.append(edges[-1] * 2)
+    return edges
+
+
+def _draw(run: Run, summary: dict[str, Any], score: RecallScore | None) -> None:
+    root = run.folder.root
+    plot_curves(root / "metrics.jsonl", root / "curves.png", baselines={"xz -9": summary["xz_bpb"]}, title=run.recipe.name)
+    if score is not None:
+        draw_recall(summary, run.config.sliding_window, root / "retrieval.png")
+
+
+def draw_recall(summary: dict[str, Any], window: int, path: Any) -> None:
+    """Accuracy by distance as bars, with the chance line and the window named."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axis = figure.subplots()
+    bars = summary["retrieval_by_distance"]
+    drawn = axis.bar([f"{distance}+" for distance in bars], list(bars.values()), color="#3a8f5c", width=0.6)
+    axis.bar_label(drawn, fmt=lambda value: f"{value:.0%}")
+    chance = summary["retrieval_chance"]
+    axis.axhline(chance, color="#b5433f", linestyle="--", label=f"guessing among the values shown  {chance:.0%}")
+    axis.set(xlabel=f"tokens since the pair was stated (window: {window})", ylabel="accuracy", ylim=(0, 1.08))
+    axis.set_title("Recall beyond the window", loc="left", fontweight="bold", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8.5)
+    figure.savefig(path, dpi=160)

@@ -1,0 +1,87 @@
+"""The folder of a run: what it was asked for, its log, checkpoints, tokenizer and pictures; never another run's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.config_json import to_released_json
+from train.data.manifest import Manifest, require_same_data
+from train.data.tokens import TokenStore
+from train.recipe import Recipe, RecipeError, recipe_to_json
+from train.recipe_json import read_json
+
+FREE = ("name", "about", "cadence")
+"""Settings that may change when a run goes on: they do not touch what is computed."""
+
+
+class RunFolder:
+    """Paths of a run, and the checks that a folder belongs to it."""
+
+    def __init__(self, folder: str | Path):
+        """Creates nothing yet."""
+        self.root = Path(folder).expanduser()
+        self.recipe, self.manifest = self.root / "recipe.json", self.root / "manifest.json"
+        self.checkpoints, self.metrics = self.root / "checkpoints", self.root / "metrics.jsonl"
+
+    def check(self, recipe: Recipe) -> bool:
+        """Whether the folder holds this very run (to resume); False when it is new or empty.
+
+        Raises:
+            RecipeError: when it holds a run with other settings, or files that are no run.
+        """
+        if not self.root.exists() or not any(self.root.iterdir()):
+            return False
+        if not self.recipe.is_file():
+            raise RecipeError(f"{self.root} holds files but no recipe.json, so it is no run: give another --out")
+        old, new = read_json(self.recipe), recipe_to_json(recipe)
+        if differences := sorted(_differences(_fixed(old), _fixed(new))):
+            raise RecipeError(
+                f"{self.root} holds a run with other settings, and nothing is overwritten:\n  "
+                + "\n  ".join(differences)
+                + "\nGive the new run a folder with --out, or repeat the old settings to resume the old run."
+            )
+        return True
+
+    def begin(self, recipe: Recipe, config: DeepseekV4Config) -> None:
+        """Writes recipe.json and config.json."""
+        self.write_json("recipe.json", recipe_to_json(recipe))
+        self.write_json("config.json", to_released_json(config))
+
+    def bind_data(self, store: TokenStore) -> None:
+        """Writes the manifest and the tokenizer, or, where they are, demands that the data is the same.
+
+        Raises:
+            DataMismatchError: the corpus changed since the run began.
+        """
+        if self.manifest.is_file():
+            require_same_data(Manifest.load(self.manifest), store.manifest)
+        elif jax.process_index() == 0:
+            store.tokenizer.save(self.root)
+            store.manifest.save(self.manifest)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file in one go, on process 0."""
+        if jax.process_index() == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            draft = self.root / f".{name}.tmp"
+            draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            draft.replace(self.root / name)  # a kill leaves the old file or the new one
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name not in FREE}
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """`path: was .., is ..` for every leaf that differs."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if old == new else [f"{where}: was {json.dumps(old)}, is {json.dumps(new)}"]

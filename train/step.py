@@ -1,0 +1,157 @@
+"""One optimizer step: accumulated gradients, Muon and AdamW, router biases, and the numbers worth watching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv4_jax import model
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.facts import Fact
+from train.losses import OBJECTIVES, Batch, LossWeights, Objective, Parts, batch_totals, learned_blocks, training_loss
+from train.optimizer import OptimizerConfig, make_optimizer, update_rms
+from train.state import TrainState, add_updates, init_state, join, move_router_biases, split
+
+Metrics = dict[str, jax.Array]
+Kind = Literal["dense", "indexer_warmup", "sparse"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a step computes; the parameters and the optimizer's state are float32 whatever this says.
+
+    Attributes:
+        compute: dtype of activations and matrix products.
+        remat: "block" recomputes the activations of each unit of blocks in the backward pass.
+        unroll: how many units the layer loop unrolls; 0 all. Unrolled code compiles longer and can run faster.
+    """
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "block"] = "none"
+    unroll: int = 1
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything static that a train step is made of.
+
+    Attributes:
+        config: the architecture.
+        learning_rate: by optimizer step.
+        decay_start: step from which the MTP weight is the decayed one.
+        optimizer: its numbers.
+        weights: of the losses.
+        precision: see there.
+    """
+
+    config: DeepseekV4Config
+    learning_rate: optax.Schedule
+    decay_start: int
+    optimizer: OptimizerConfig = OptimizerConfig()
+    weights: LossWeights = LossWeights()
+    precision: Precision = Precision()
+
+    def forward(self) -> Callable[..., model.Output]:
+        """`model.forward` with the precision filled in."""
+        chosen = self.precision
+        unroll = chosen.unroll or True
+        return partial(model.forward, dtype=jnp.dtype(chosen.compute), remat=chosen.remat, unroll=unroll)
+
+    def transformation(self, kind: Kind = "dense") -> optax.GradientTransformation:
+        """The optimizer of a stage; its state has the same structure in every stage."""
+        facts = model.facts(self.config)
+        return make_optimizer(facts, self.learning_rate, self.optimizer, trainable=partial(moves, OBJECTIVES[kind]))
+
+    def init(self, seed: int) -> TrainState:
+        """A fresh state."""
+        return init_state(self.config, self.transformation(), seed)
+
+
+def moves(objective: Objective, fact: Fact) -> bool:
+    """Whether a parameter trains under an objective: all but the buffers, or the indexers alone."""
+    return fact.optimizer != "none" and (objective.language or fact.role == "indexer")
+
+
+def make_train_step(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted step `(state, batch) -> (state, metrics)` of one kind of stage; the state is donated.
+
+    `batch` holds "tokens" and "segment_ids", int32 [B, S], with B a multiple of `microbatches`. The microbatches are
+    computed one after another and give the gradient of the whole batch: every loss is divided by the whole batch's
+    count of tokens. Metrics are float32 scalars; `StepPlan.init` gives the first state.
+    """
+    return jax.jit(partial(train_step, plan, kind, microbatches), donate_argnums=0)
+
+
+def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState, batch: Batch):
+    """See `make_train_step`."""
+    facts, objective = model.facts(plan.config), OBJECTIVES[kind]
+    mtp_weight = jnp.where(state.step < plan.decay_start, plan.weights.mtp, plan.weights.mtp_decayed)
+    gradients, parts = batch_gradients(plan, objective, microbatches, state.params, batch, mtp_weight)
+    with jax.named_scope("optimizer"):
+        full = join(gradients, jax.tree.map(jnp.zeros_like, state.params))
+        updates, optimizer = plan.transformation(kind).update(full, state.optimizer, state.params)
+        params = add_updates(state.params, updates, facts)
+    if objective.language:
+        params = move_router_biases(plan.config, params, parts["load"], plan.weights.bias_speed)
+    metrics = {name: value for name, value in parts.items() if value.ndim == 0} | routing_metrics(plan.config, parts)
+    metrics |= {"lr": jnp.asarray(plan.learning_rate(state.step), jnp.float32)}
+    metrics |= {"grad_norm": optax.global_norm(gradients)}
+    metrics |= {f"update_rms_{name}": value for name, value in update_rms(updates, facts).items()}
+    return TrainState(state.step + 1, params, optimizer, state.key), metrics
+
+
+def batch_gradients(
+    plan: StepPlan, objective: Objective, microbatches: int, params: Any, batch: Batch, mtp_weight: jax.Array
+) -> tuple[Any, Parts]:
+    """Gradients (None where nothing moves) and the parts of the loss, "loss" among them, of a whole batch."""
+    rows = batch["tokens"].shape[0]
+    if rows % microbatches:
+        raise ValueError(f"a batch of {rows} rows cannot be cut into {microbatches} microbatches of equal size")
+    config, forward = plan.config, plan.forward()
+    moved, held = split(params, model.facts(config), partial(moves, objective))
+    totals = batch_totals(config, batch)
+
+    def loss(moved: Any, batch: Batch) -> tuple[jax.Array, Parts]:
+        share = 1 / microbatches
+        total, parts = training_loss(
+            config, join(moved, held), batch, totals, objective, plan.weights, mtp_weight, forward, share
+        )
+        return total, parts | {"loss": total}
+
+    gradient = jax.grad(loss, has_aux=True)
+    if microbatches == 1:
+        return gradient(moved, batch)
+    # Strided rows, so that each device's rows of a sharded batch spread evenly over the microbatches.
+    cut = {name: x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1) for name, x in batch.items()}
+    shapes = jax.eval_shape(gradient, moved, jax.tree.map(lambda x: x[0], cut))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(lambda sums, batch: (_add(sums, gradient(moved, batch)), None), start, cut)[0]
+
+
+def _add(sums: tuple[Any, Parts], new: tuple[Any, Parts]) -> tuple[Any, Parts]:
+    """Everything of a batch is the sum over its microbatches but the largest mHC error."""
+    gradients, parts = jax.tree.map(jnp.add, sums, new)
+    return gradients, parts | {"hc_errors": jnp.maximum(sums[1]["hc_errors"], new[1]["hc_errors"])}
+
+
+def routing_metrics(config: DeepseekV4Config, parts: Parts) -> Metrics:
+    """Load of the learned routers (worst max/mean, mean entropy relative to uniform, dead experts) and mHC errors."""
+    row, column = parts["hc_errors"]
+    metrics = {"hc_row_error": row, "hc_col_error": column}
+    learned = [i for i in learned_blocks(config) if i < len(parts["load"])]
+    if not learned:
+        return metrics
+    load = parts["load"][jnp.array(learned)]
+    share = load / jnp.maximum(load.sum(-1, keepdims=True), 1)
+    entropy = -jax.scipy.special.xlogy(share, share).sum(-1) / jnp.log(load.shape[-1])
+    return metrics | {
+        "load_max_over_mean": (share.max(-1) * load.shape[-1]).max(),
+        "load_entropy": entropy.mean(),
+        "dead_experts": (load == 0).sum().astype(jnp.float32),
+    }

@@ -1,7 +1,7 @@
 """Model FLOPs per token, from the configuration: what a perfect program would multiply, whatever ours does.
 
 Counted: matrix products with the parameters that a token uses, attention over what each query sees, index scores.
-Not counted: element-wise work (norms, stream mixing), rematerialisation, padding, the softmax targets of the index loss.
+Not counted: element-wise work (norms, stream mixing), rematerialisation, padding, the targets of the index loss.
 """
 
 from __future__ import annotations

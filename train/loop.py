@@ -66,7 +66,12 @@ def train(recipe: Recipe, out: str | Path, *, cache: str | Path | None = None) -
 
 
 def _all_stages(
-    run: Run, store: TokenStore, state: TrainState, host: dict[str, Any], checkpoints: Checkpoints, evaluators: Evaluators
+    run: Run,
+    store: TokenStore,
+    state: TrainState,
+    host: dict[str, Any],
+    checkpoints: Checkpoints,
+    evaluators: Evaluators,
 ) -> TrainState:
     recipe, first, say = run.recipe, int(state.step), run.say
     with (
@@ -159,30 +164,42 @@ class StageRun:
         recipe = self.shared.recipe
         stage, before = recipe.stages[index], sum(s.tokens for s in recipe.stages[:index])
         step = compiled_step(self.shared, stage, state)
-        meter = Meter(self.shared.peak_flops, window=20)
         flops = training_flops_per_token(self.shared.config, stage.sequence_length, stage.kind)
-        tokens = stage.batch_size * stage.sequence_length
+        tokens, meter, held = stage.batch_size * stage.sequence_length, Meter(self.shared.peak_flops), None
+
+        def log(held: tuple[int, dict[str, Any]] | None) -> None:
+            """Waits for a step, while the next one runs, and writes its line."""
+            if held is not None:
+                done, metrics = held[0], jax.block_until_ready(held[1])
+                seen = {"stage": stage.name, "tokens": before + (done - start) * tokens}
+                self.progress.update(self.writer.write(done, metrics | seen | meter.tick(tokens, flops)))
+
         for done in range(int(state.step) + 1, start + stage.steps + 1):
             with self.shared.phase("training"), jax.profiler.StepTraceAnnotation("train", step_num=done):
                 state, metrics = step(state, to_device(next(batches)))
-                metrics |= {"stage": stage.name, "tokens": before + (done - start) * tokens, **meter.tick(tokens, flops)}
-                self.progress.update(self.writer.write(done, metrics))
-            if _due(done, recipe.cadence.eval_every) and done < recipe.steps:
-                self.evaluate(done, state, stage, meter)
-            if _due(done, recipe.cadence.checkpoint_every) or done == recipe.steps:
+                log(held)
+                held = done, metrics
+            last, cadence = done == recipe.steps, recipe.cadence
+            looks, saves = _due(done, cadence.eval_every) and not last, _due(done, cadence.checkpoint_every) or last
+            if looks or saves or done == start + stage.steps:
+                with self.shared.phase("training"):
+                    log(held)
+                    held = None
+            if looks:
+                self.evaluate(done, state, stage)
+            if saves:
                 self.save(done, state, batches)
+            if held is None:
+                meter.pause()
         return state
 
-    def evaluate(self, done: int, state: TrainState, stage: Stage, meter: Meter) -> None:
+    def evaluate(self, done: int, state: TrainState, stage: Stage) -> None:
         """Adds held-out measurements to the line of step `done`."""
-        jax.block_until_ready(state)
         with self.shared.phase("evaluation"):
             self.writer.write(done, self.evaluators.measure(state.params, stage))
-        meter.pause()
 
     def save(self, done: int, state: TrainState, batches: TrainBatches) -> None:
         """Starts a checkpoint; the log is written out first, so that no step before it can be missing."""
-        jax.block_until_ready(state)
         with self.shared.phase("checkpoints"):
             self.progress.update(self.writer.flush())
             config = to_released_json(self.shared.config)
@@ -279,7 +296,7 @@ def _store(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | None) -
     store = prepare(recipe.data.corpus, recipe.data.tokenizer, vocab_size=config.vocab_size, cache=cache)
     if store.tokenizer.vocab_size > config.vocab_size:
         raise RecipeError(
-            f"the tokenizer has {store.tokenizer.vocab_size} entries and the model's vocab_size is {config.vocab_size}: "
+            f"the tokenizer has {store.tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}: "
             f"set model.vocab_size={store.tokenizer.vocab_size}, or choose another data.tokenizer"
         )
     return store
@@ -290,8 +307,8 @@ def _headline(recipe: Recipe, config: DeepseekV4Config, folder: RunFolder, resum
     size = "{:,.1f}M parameters ({:,.1f}M activated)".format(*millions)
     doing = "resuming" if resuming else "new run"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return f"{recipe.name}: {recipe.about}\n{doing} in {folder.root}: {size}, {recipe.steps:,} steps, {recipe.tokens:,} " \
-        f"tokens, on {devices}"
+    work = f"{recipe.steps:,} steps, {recipe.tokens:,} tokens, on {devices}"
+    return f"{recipe.name}: {recipe.about}\n{doing} in {folder.root}: {size}, {work}"
 
 
 def _describe(store: TokenStore) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import runpy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,8 +239,8 @@ def _found(source: str) -> Recipe:
         return importlib.import_module(f"train.recipes.{source}").RECIPE
     if not source.endswith((".json", ".py")):
         raise RecipeError(
-            f"there is no recipe {source!r}{nearest(source, RECIPES)}: recipes are {', '.join(RECIPES)}, or a .json or .py "
-            "file with --recipe"
+            f"there is no recipe {source!r}{nearest(source, RECIPES)}: recipes are {', '.join(RECIPES)}, "
+            "or a .json or .py file with --recipe"
         )
     if not Path(source).is_file():
         raise FileNotFoundError(f"there is no recipe file {source}")
@@ -252,11 +252,6 @@ def _found(source: str) -> Recipe:
     data = read_json(Path(source))
     base = data.pop("base", None)
     return recipe_from_json(Recipe, data, base=None if base is None else _found(base))
-
-
-def with_name(recipe: Recipe, name: str) -> Recipe:
-    """The recipe under another name."""
-    return replace(recipe, name=name)
 
 
 def _stage_problems(index: int, stage: Stage, config: DeepseekV4Config) -> list[str]:
@@ -280,9 +275,9 @@ def _number_problems(recipe: Recipe) -> list[str]:
         problems.append(f"learning_rate.decay_start is a share of the run, not {recipe.learning_rate.decay_start}")
     if not 0 <= recipe.data.recall_share < 1:
         problems.append(f"data.recall_share is {recipe.data.recall_share}; it must lie in [0, 1)")
-    window = recipe.model.config.sliding_window
-    if recipe.data.recall_distance < window:
-        problems.append(f"data.recall_distance is {recipe.data.recall_distance}: below the window of {window} it tests nothing")
+    distance, window = recipe.data.recall_distance, recipe.model.config.sliding_window
+    if distance < window:
+        problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
     if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
         problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
     return problems

@@ -1,4 +1,4 @@
-"""The end of a run: what it learned against `xz -9`, a sample, the recall figure, the curves, and where the time went."""
+"""The end of a run: what it learned against `xz -9`, a sample, the recall figure, the curves, where the time went."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 
 from dsv4_jax.inference.sample import SampleOptions, sample
 from train.data.pipeline import xz_bits_per_byte
-from train.data.retrieval import RecallScore, RecallTask
+from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore
+from train.metrics import MetricsWriter, read_metrics
 from train.plots import plot_curves
 
 if TYPE_CHECKING:
@@ -21,34 +22,38 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
 
 def finish(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> dict[str, Any]:
     """Measures, draws and writes everything about the trained parameters; returns the summary."""
-    recipe, last = run.recipe, run.recipe.stages[-1]
-    attention = "sparse" if last.kind == "sparse" else "dense"
-    documents, evaluator = recipe.cadence.final_documents, evaluators.at(last.sequence_length)
     with run.phase("evaluation"):
         run.say("evaluating on held-out text ...")
-        summary: dict[str, Any] = {"steps": recipe.steps, "tokens": recipe.tokens}
-        summary |= evaluator.heldout(params, attention, documents)
-        if attention == "sparse" and run.config.has_indexer:  # recall is of the dense attention's mass
-            dense = evaluator.heldout(params, "dense", recipe.cadence.eval_documents)
-            summary |= {name: value for name, value in dense.items() if name == "index_recall"}
-        summary["xz_bpb"] = xz_bits_per_byte(store.heldout_bytes(documents))
-    if recipe.cadence.recall_rows:
-        with run.phase("evaluation"):
-            task = RecallTask(n_pairs=recipe.data.recall_pairs, min_distance=recipe.data.recall_distance)
-            score = evaluator.recall(params, attention, task, 4 * recipe.cadence.recall_rows)
-        summary |= {"retrieval_accuracy": score.accuracy, "retrieval_chance": task.chance(store.tokenizer)["shown"]}
-        edges = _edges(task, last.sequence_length)
-        summary["retrieval_by_distance"] = score.by_distance(edges)
-        summary["retrieval_by_phase"] = score.by_phase()
+        summary = {"steps": run.recipe.steps, "tokens": run.recipe.tokens} | measure(run, store, params, evaluators)
     with run.phase("sample and pictures"):
         prompt, continuation = heldout_sample(run, store, params)
         summary["sample"] = {"prompt": prompt, "continuation": continuation}
         if jax.process_index() == 0:
-            _draw(run, summary, score if recipe.cadence.recall_rows else None)
+            _log(run, summary)
+            _draw(run, summary)
     summary["seconds"] = {name: round(seconds, 1) for name, seconds in run.seconds.items()}
     run.folder.write_json("summary.json", summary)
     run.say(describe(run, summary))
     return summary
+
+
+def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> dict[str, Any]:
+    """Bits per byte beside those of `xz -9`, the indexer's recall, and recall beyond the window by distance and phase."""
+    recipe, last = run.recipe, run.recipe.stages[-1]
+    attention = "sparse" if last.kind == "sparse" else "dense"
+    documents, evaluator = recipe.cadence.final_documents, evaluators.at(last.sequence_length)
+    found: dict[str, Any] = evaluator.heldout(params, attention, documents)
+    found["xz_bpb"] = xz_bits_per_byte(store.heldout_bytes(documents))
+    if attention == "sparse" and run.config.has_indexer:  # the indexer's recall is of the dense attention's mass
+        dense = evaluator.heldout(params, "dense", recipe.cadence.eval_documents)
+        found |= {name: value for name, value in dense.items() if name == "index_recall"}
+    if recipe.cadence.recall_rows:
+        task = RecallTask(n_pairs=recipe.data.recall_pairs, min_distance=recipe.data.recall_distance)
+        score = evaluator.recall(params, attention, task, 4 * recipe.cadence.recall_rows)
+        found |= {"retrieval_accuracy": score.accuracy, "retrieval_chance": task.chance(store.tokenizer)["shown"]}
+        found["retrieval_by_distance"] = score.by_distance(_edges(task, last.sequence_length))
+        found["retrieval_by_phase"] = score.by_phase()
+    return found
 
 
 def heldout_sample(run: Run, store: TokenStore, params: Any) -> tuple[str, str]:
@@ -77,7 +82,8 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
             f"{run.config.sliding_window}): {summary['retrieval_accuracy']:.1%}, chance "
             f"{summary['retrieval_chance']:.1%}; by distance {far}"
         )
-    lines += ["", "sample (prompt | continuation):", summary["sample"]["prompt"] + " | " + summary["sample"]["continuation"]]
+    prompt, continuation = summary["sample"].values()
+    lines += ["", "a held-out beginning | and how the model goes on:", f"{prompt} | {continuation}"]
     total = sum(summary["seconds"].values())
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
     lines += ["", f"time: {total:.0f} s in this session ({parts})"]
@@ -93,10 +99,19 @@ def _edges(task: RecallTask, length: int) -> list[int]:
     return edges
 
 
-def _draw(run: Run, summary: dict[str, Any], score: RecallScore | None) -> None:
-    root = run.folder.root
-    plot_curves(root / "metrics.jsonl", root / "curves.png", baselines={"xz -9": summary["xz_bpb"]}, title=run.recipe.name)
-    if score is not None:
+def _log(run: Run, summary: dict[str, Any]) -> None:
+    """The last evaluation as a line of the log, once."""
+    found = {name: summary[name] for name in ("heldout_bpb", "index_recall", "retrieval_accuracy") if name in summary}
+    lines = read_metrics(run.folder.metrics)
+    if not any(line["step"] == run.recipe.steps and "heldout_bpb" in line for line in lines):
+        with MetricsWriter(run.folder.root, resume_step=run.recipe.steps) as writer:
+            writer.write(run.recipe.steps, found)
+
+
+def _draw(run: Run, summary: dict[str, Any]) -> None:
+    root, baselines = run.folder.root, {"xz -9": summary["xz_bpb"]}
+    plot_curves(root / "metrics.jsonl", root / "curves.png", baselines=baselines, title=run.recipe.name)
+    if "retrieval_by_distance" in summary:
         draw_recall(summary, run.config.sliding_window, root / "retrieval.png")
 
 

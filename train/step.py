@@ -100,6 +100,8 @@ def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState,
     if objective.language:
         params = move_router_biases(plan.config, params, parts["load"], plan.weights.bias_speed)
     metrics = {name: value for name, value in parts.items() if value.ndim == 0} | routing_metrics(plan.config, parts)
+    if objective.attention == "sparse":
+        metrics.pop("index_recall", None)  # 1 by construction; an evaluation with dense attention measures it
     metrics |= {"lr": jnp.asarray(plan.learning_rate(state.step), jnp.float32)}
     metrics |= {"grad_norm": optax.global_norm(gradients)}
     metrics |= {f"update_rms_{name}": value for name, value in update_rms(updates, facts).items()}

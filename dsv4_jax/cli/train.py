@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from dsv4_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from train.recipe import Recipe
 
 DESCRIPTION = """Train a model by a recipe. Repeat the same command to resume an interrupted run.
 
@@ -33,7 +37,7 @@ class Train:
     out: str | None = None
     """The run folder; runs/NAME by default. A folder with this very run is resumed."""
     data: str | None = None
-    """The text: python, prose, or a file, folder or glob (.txt .md .py .jsonl .parquet, a saved Hugging Face dataset)."""
+    """The text: python, prose, or a file, folder or glob (.txt .md .py .jsonl .parquet, a saved Hugging Face set)."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Change one setting, NAME=VALUE by dotted name; can be repeated. Stages go by number or name."""
     cache: str | None = None
@@ -69,10 +73,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"interrupted. The same command goes on from the newest checkpoint in {out}") from None
 
 
-def show(recipe) -> None:
+def show(recipe: Recipe) -> None:
     """Print the recipe with every setting, checked."""
-    import json
-
     from train.recipe import recipe_to_json
 
     recipe.check()

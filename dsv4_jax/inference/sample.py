@@ -75,7 +75,7 @@ def choose(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) 
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _extend(config: DeepseekV4Config, options: SampleOptions, params: Any, tokens: jax.Array, start: int, key: jax.Array):
+def _extend(config: DeepseekV4Config, options: SampleOptions, params: Any, tokens: jax.Array, start: int, key: Any):
     """Fill `tokens` [1, S] from place `start` on; returns them and the length reached, the end token not counted."""
     limit = tokens.shape[1]
 
@@ -100,7 +100,7 @@ def _check(config: DeepseekV4Config, prompt: np.ndarray, options: SampleOptions)
     if prompt.ndim != 1 or not len(prompt):
         raise UserError("the prompt has no tokens: begin it with the token that begins a document, at least")
     if prompt.min() < 0 or prompt.max() >= config.vocab_size:
-        raise UserError(f"the prompt holds token {prompt.max()}; the model's vocabulary ends at {config.vocab_size - 1}")
+        raise UserError(f"the prompt holds token {prompt.max()}; the vocabulary ends at {config.vocab_size - 1}")
     wanted = len(prompt) + options.max_new_tokens
     if wanted > config.max_position_embeddings:
         raise UserError(f"{wanted} tokens with the prompt are more than the model's {config.max_position_embeddings}")

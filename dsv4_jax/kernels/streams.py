@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv4_jax.kernels.chunks import materialise
 
@@ -128,47 +129,58 @@ def sinkhorn(logits: jax.Array, iters: int, eps: float) -> jax.Array:
 
 
 def _sinkhorn_fwd(logits: jax.Array, iters: int, eps: float):
-    # The matrix axes lead, so that the many tokens, not the n entries of a row, fill the vector units.
-    softmax = jax.nn.softmax(jnp.moveaxis(logits.astype(jnp.float32), (-2, -1), (0, 1)), axis=1)
-    first = _normalise(softmax + eps, 0, eps)
+    n = logits.shape[-1]
+    rows, columns = _sum_matrices(n)
+    softmax = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).reshape(-1, n * n).T
+    first = _normalise(softmax + eps, columns, eps)
 
     def round_(a: jax.Array, _: None):
-        rows = _normalise(a, 1, eps)
-        columns = _normalise(rows[0], 0, eps)
-        return columns[0], (rows, columns)
+        by_rows = _normalise(a, rows, eps)
+        by_columns = _normalise(by_rows[0], columns, eps)
+        return by_columns[0], (by_rows, by_columns)
 
     a, rounds = jax.lax.scan(round_, first[0], length=iters - 1)
-    return jnp.moveaxis(a, (0, 1), (-2, -1)), (softmax, first, rounds)
+    return a.T.reshape(logits.shape), (softmax, first, rounds)
 
 
 def _sinkhorn_bwd(iters: int, eps: float, saved, d_out: jax.Array):
     softmax, first, rounds = saved
+    n = d_out.shape[-1]
+    rows, columns = _sum_matrices(n)
 
     def round_(d: jax.Array, steps):
-        rows, columns = steps
-        return _normalise_gradient(_normalise_gradient(d, columns, 0), rows, 1), None
+        by_rows, by_columns = steps
+        return _normalise_gradient(_normalise_gradient(d, by_columns, columns), by_rows, rows), None
 
-    d, _ = jax.lax.scan(round_, jnp.moveaxis(d_out, (-2, -1), (0, 1)), rounds, reverse=True)
-    d = _normalise_gradient(d, first, 0)
-    d = softmax * (d - _axis_sum(d * softmax, 1))
-    return (jnp.moveaxis(d, (0, 1), (-2, -1)),)
+    d, _ = jax.lax.scan(round_, d_out.reshape(-1, n * n).T, rounds, reverse=True)
+    d = _normalise_gradient(d, first, columns)
+    d = softmax * (d - _sum(rows, d * softmax))
+    return (d.T.reshape(d_out.shape),)
 
 
 sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
 
 
-def _normalise(a: jax.Array, axis: int, eps: float) -> tuple[jax.Array, jax.Array]:
-    """a divided by its sums over `axis` plus eps, and the factor used."""
-    factor = 1 / (_axis_sum(a, axis) + eps)
+def _sum_matrices(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """0/1 matrices [n*n, n*n] that replace each entry of a flattened n x n matrix by its row's, or column's, sum."""
+    row, column = np.divmod(np.arange(n * n), n)
+    return tuple((index[:, None] == index[None, :]).astype(np.float32) for index in (row, column))
+
+
+def _sum(matrix: np.ndarray, a: jax.Array) -> jax.Array:
+    """Row or column sums of the matrices a [n*n, N], in place of each entry.
+
+    Tokens are the long, contiguous axis; a product with ones is the one reduction every backend does well.
+    """
+    return jnp.dot(matrix, a, precision=jax.lax.Precision.HIGHEST)
+
+
+def _normalise(a: jax.Array, matrix: np.ndarray, eps: float) -> tuple[jax.Array, jax.Array]:
+    """a divided by its sums plus eps, and the factor used."""
+    factor = 1 / (_sum(matrix, a) + eps)
     return a * factor, factor
 
 
-def _normalise_gradient(d: jax.Array, step: tuple[jax.Array, jax.Array], axis: int) -> jax.Array:
+def _normalise_gradient(d: jax.Array, step: tuple[jax.Array, jax.Array], matrix: np.ndarray) -> jax.Array:
     out, factor = step
-    return factor * (d - _axis_sum(d * out, axis))
-
-
-def _axis_sum(a: jax.Array, axis: int) -> jax.Array:
-    """Sum over a tiny leading axis, kept as size 1."""
-    parts = [jax.lax.index_in_dim(a, i, axis) for i in range(a.shape[axis])]
-    return sum(parts[1:], parts[0])
+    return factor * (d - _sum(matrix, d * out))

@@ -1,4 +1,4 @@
-"""Long-range recall: statements `name = value` far behind the window, asked for again after real text.
+"""Long-range recall: statements `set name value` far behind the window, asked for again after real text.
 
 A model without compressed attention cannot do better than guess; loss on ordinary text hardly shows the difference.
 After multi-query associative recall (Zoology, arXiv 2312.04927), with natural text between the pairs and the questions.
@@ -16,7 +16,7 @@ import numpy as np
 from dsv4_jax.tokenizer import Tokenizer
 from train.data.tokens import TokenStore
 
-_STATEMENT = 4  # name, equals sign, value, line end
+_STATEMENT = 4  # verb, name, value, line end: the name right before the value, so that one induction step answers
 _LOWER, _UPPER = b"abcdefghijklmnopqrstuvwxyz", b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
@@ -105,11 +105,11 @@ class RecallTask:
 
 @dataclass(frozen=True)
 class Words:
-    """Single tokens that statements are made of: names, values (with their leading blank), and the two signs."""
+    """Single tokens that statements are made of: names and values (with their leading blank), verb, line end."""
 
     names: np.ndarray
     values: np.ndarray
-    equals: int
+    verb: int
     line_end: int
 
     @staticmethod
@@ -118,13 +118,12 @@ class Words:
         """Whole lower-case words spread evenly over the vocabulary; letters and capitals where there are few."""
         known = {piece: i for i, piece in enumerate(tokenizer.pieces)}
         words = (p for p in tokenizer.pieces if re.fullmatch(rb"[a-z]{3,10}", p))
-        whole = [piece for piece in words if b" " + piece in known]  # word parts are tokens in one of the two ways only
-        names, values = [known[piece] for piece in whole[::2]], [known[b" " + piece] for piece in whole[1::2]]
+        whole = [known[b" " + p] for p in words if b" " + p in known]  # word parts are tokens in one of two ways only
+        names, values, verb = whole[::2], whole[1::2], known.get(b"set", known[b"="])
         if min(len(names), len(values)) < min(n_names, n_values, 16):
             names, values = ([known[bytes([c])] for c in letters] for letters in (_LOWER, _UPPER))
-        equals = (tokenizer.encode(sign) for sign in (" =", "="))
-        sign = next(ids[0] for ids in equals if len(ids) == 1)
-        return Words(_spread(names, n_names), _spread(values, n_values), sign, tokenizer.encode("\n")[0])
+            verb = known[b"="]
+        return Words(_spread(names, n_names), _spread(values, n_values), verb, known[b"\n"])
 
 
 @dataclass
@@ -154,7 +153,7 @@ class RecallScore:
         return {edges[i]: self._mean(bins == i) for i in range(len(edges)) if (bins == i).any()}
 
     def by_phase(self) -> dict[int, float]:
-        """Accuracy by (place of the name in its last statement) mod 4: compression by 4 may favour some residues."""
+        """Accuracy by (where the pair's last statement begins) mod 4: compression by 4 may favour some residues."""
         residues = np.concatenate(self.residues)
         return {i: self._mean(residues == i) for i in range(4) if (residues == i).any()}
 
@@ -194,7 +193,7 @@ class _Writer:
     def state(self, words: Words, names: np.ndarray, values: np.ndarray, pairs: Sequence[int] | np.ndarray) -> None:
         for pair in pairs:
             self.stated.append((int(pair), len(self.tokens) + 2))
-            self.tokens += [int(names[pair]), words.equals, int(values[pair]), words.line_end]
+            self.tokens += [words.verb, int(names[pair]), int(values[pair]), words.line_end]
 
     def finish(self, eos_id: int, n_pairs: int) -> RecallDocument:
         last = dict(self.stated[:n_pairs])

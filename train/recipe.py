@@ -206,6 +206,8 @@ class Recipe:
         config = self.model.config
         problems = [problem for i, stage in enumerate(self.stages) for problem in _stage_problems(i, stage, config)]
         problems += [] if self.stages else ["stages is empty: a run needs at least one"]
+        names = [stage.name for stage in self.stages]
+        problems += [f"two stages are called {name!r}" for name in sorted(set(names)) if names.count(name) > 1]
         problems += _number_problems(self)
         if not problems:
             try:

@@ -38,7 +38,7 @@ def finish(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> 
 
 
 def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> dict[str, Any]:
-    """Bits per byte beside those of `xz -9`, the indexer's recall, and recall beyond the window by distance and phase."""
+    """Bits per byte beside those of `xz -9`, the indexer's recall, recall beyond the window by distance and phase."""
     recipe, last = run.recipe, run.recipe.stages[-1]
     attention = "sparse" if last.kind == "sparse" else "dense"
     documents, evaluator = recipe.cadence.final_documents, evaluators.at(last.sequence_length)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -51,47 +50,19 @@ def main(arguments: Sequence[str]) -> None:
     import jax
     import numpy as np
 
+    from dsv4_jax.api import load
     from dsv4_jax.inference.sample import SampleOptions, sample
+    from dsv4_jax.tokenizer import load_tokenizer
     from train.loop import use_compilation_cache
 
     use_compilation_cache()
-    folder = Path(asked.checkpoint).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}: give a run folder such as runs/nano")
-    tokenizer = _tokenizer(asked, folder)
-    config, params = _model(folder, asked.step)
+    model = load(asked.checkpoint, step=asked.step)
+    tokenizer = load_tokenizer(asked.tokenizer) if asked.tokenizer else model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"there is no tokenizer.json in {asked.checkpoint}: name one with --tokenizer")
     options = SampleOptions(asked.max_new_tokens, asked.temperature, asked.top_p, tokenizer.eos_id)
     prompt = np.array([tokenizer.bos_id, *tokenizer.encode(asked.prompt)], np.int32)
     for number in range(asked.count):
         key = jax.random.fold_in(jax.random.key(asked.seed), number)
-        ids = sample(config, params, prompt, key, options)
+        ids = sample(model.config, model.params, prompt, key, options)
         print(asked.prompt + tokenizer.decode(ids.tolist()))
-
-
-def _tokenizer(asked: Sample, folder: Path) -> Any:
-    from dsv4_jax.tokenizer import load_tokenizer
-
-    if asked.tokenizer:
-        return load_tokenizer(asked.tokenizer)
-    places = (folder, folder.parent)
-    found = next((place for place in places if (place / "tokenizer.json").is_file()), None)
-    if found is None:
-        raise UserError(f"there is no tokenizer.json in {folder}: name one with --tokenizer")
-    return load_tokenizer(found)
-
-
-def _model(folder: Path, step: int | None) -> tuple[Any, Any]:
-    """Configuration and parameters of a run, of its checkpoints, or of a folder of safetensors."""
-    from dsv4_jax.config_json import config_from_json
-    from train.checkpointing import CheckpointError, load_params
-
-    if any(folder.glob("*.safetensors")):
-        from dsv4_jax.checkpoint import load_checkpoint
-
-        return load_checkpoint(folder)
-    run = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    try:
-        config, params = load_params(run, step)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    return config_from_json(config), params

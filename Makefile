@@ -1,0 +1,53 @@
+# Everything sets itself up: `make test` and `make train` need only a Python >= 3.11 with venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help train test lint types slow reference benchmark clean
+
+help:
+	@echo "make train      train the nano model on real text (about 12 minutes on 2 cores)"
+	@echo "make test       the tests"
+	@echo "make lint       ruff and pyright"
+	@echo "make slow       the slow tests"
+	@echo "make reference  the comparison with PyTorch implementations (installs torch and transformers)"
+	@echo "make benchmark  training speed against transformers (installs them too)"
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11: run make PYTHON=python3.11 (or newer)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --group dev --editable .
+	@touch $@
+
+train: $(READY)
+	$(BIN)/dsv4 train nano
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+$(VENV)/.reference: $(READY)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[reference]'
+	@touch $@
+
+reference: $(VENV)/.reference
+	$(BIN)/python -m pytest -q -m reference
+
+benchmark: $(VENV)/.reference
+	$(BIN)/python -m tests.benchmarks.train_cpu
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

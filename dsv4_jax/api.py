@@ -1,0 +1,108 @@
+"""The face: `dsv4.load`, `dsv4.create`, and the `Model` they return. It stands above every other room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax import model as _model
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.config_json import config_from_json
+from dsv4_jax.errors import UserError
+from dsv4_jax.presets import preset
+from dsv4_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """An architecture with parameters beside it.
+
+    `params` is a plain nested dict of arrays; `forward` is a pure function of it, so `jax.jit(model.forward)`,
+    `jax.grad` and `jax.vmap` work as on any function.
+
+    Attributes:
+        config: the architecture.
+        params: parameters and buffers.
+        tokenizer: what lies beside the checkpoint, or None.
+    """
+
+    config: DeepseekV4Config
+    params: _model.Params
+    tokenizer: Tokenizer | None = None
+
+    def forward(self, params: _model.Params, tokens: jax.Array, **options: Any) -> _model.Output:
+        """`dsv4_jax.model.forward` for this config: tokens int32 [B, S] -> `.logits` [B, S, V] float32 and more."""
+        return _model.forward(self.config, params, jnp.asarray(tokens, jnp.int32), **options)
+
+    def generate(
+        self, prompt: str, max_new_tokens: int = 64, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> str:
+        """The text that follows `prompt`, greedy by default.
+
+        Raises:
+            UserError: when no tokenizer came with the model, or the request does not fit it.
+        """
+        from dsv4_jax.inference.sample import SampleOptions, sample
+
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer: load a folder that holds tokenizer.json")
+        ids = np.array([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], np.int32)
+        options = SampleOptions(max_new_tokens, temperature, top_p, self.tokenizer.eos_id)
+        return self.tokenizer.decode(sample(self.config, self.params, ids, jax.random.key(seed), options).tolist())
+
+
+def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:
+    """A model with fresh float32 parameters.
+
+    Args:
+        config: a preset's name ("nano", "v4-flash", ...) or a configuration.
+        key: a `jax.random.key`, or its seed.
+    """
+    config = preset(config) if isinstance(config, str) else config
+    key = jax.random.key(key) if isinstance(key, int) else key
+    return Model(config, jax.jit(_model.init, static_argnums=0)(config, key))
+
+
+def load(folder: str | Path, *, step: int | None = None) -> Model:
+    """A model from a folder of config.json and safetensors (any of the three naming schemes), or from a training run.
+
+    Args:
+        folder: the model's folder, a run of `dsv4 train`, or the run's `checkpoints`.
+        step: of a run: this checkpoint; the newest good one by default.
+
+    Raises:
+        UserError: when the folder holds no model, or one that is damaged or of another architecture.
+        FileNotFoundError: when there is no such folder.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        from dsv4_jax.checkpoint import load_checkpoint
+
+        config, params = load_checkpoint(folder)
+    else:
+        config, params = _load_run(folder, step)
+    return Model(config, jax.tree.map(jnp.asarray, params), _tokenizer(folder))
+
+
+def _load_run(folder: Path, step: int | None) -> tuple[DeepseekV4Config, _model.Params]:
+    from train.checkpointing import CheckpointError, load_params
+
+    checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    try:
+        config, params = load_params(checkpoints, step)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise UserError(f"{folder} holds neither safetensors nor a training checkpoint: {error}") from error
+    return config_from_json(config), params
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in the folder, or in the run's folder around its checkpoints."""
+    found = next((place for place in (folder, folder.parent) if (place / "tokenizer.json").is_file()), None)
+    return load_tokenizer(found) if found else None

@@ -1,0 +1,178 @@
+"""The losses against float64 statements of their formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, random_params
+
+from dsv4_jax import model
+from train import losses
+from train.losses import OBJECTIVES, LossWeights, batch_totals, chunked_cross_entropy, shifted_targets, training_loss
+
+WEIGHTS = LossWeights(balance=0.5, index=2.0)
+
+
+def problem(n=37, d=12, v=29, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    hidden, matrix = rng.normal(size=(n, d)).astype(dtype), rng.normal(size=(d, v)).astype(dtype)
+    return hidden, matrix, rng.integers(0, v, n).astype(np.int32), rng.uniform(0, 2, n).astype(np.float32)
+
+
+def dense_float64(hidden, matrix, targets, weights):
+    """Value, gradient of hidden, gradient of the matrix."""
+    logits = hidden.astype(np.float64) @ matrix.astype(np.float64)
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    p = shifted / shifted.sum(1, keepdims=True)
+    rows = np.arange(len(targets))
+    d_logits = p.copy()
+    d_logits[rows, targets] -= 1
+    d_logits *= weights[:, None]
+    return -(weights * np.log(p[rows, targets])).sum(), d_logits @ matrix.T, hidden.T @ d_logits
+
+
+@pytest.mark.parametrize("elements", [29 * 5, 29 * 36, 1 << 24])  # 8, 2 and 1 chunks, the first two with padding
+def test_chunked_cross_entropy_and_its_gradients_equal_the_dense_formula(monkeypatch, elements):
+    monkeypatch.setattr(losses, "LOGIT_ELEMENTS", elements)
+    hidden, matrix, targets, weights = problem()
+    value, d_hidden, d_matrix = dense_float64(hidden, matrix, targets, weights)
+    assert chunked_cross_entropy(hidden, matrix, targets, weights) == pytest.approx(value, rel=1e-6)
+    scaled = lambda h, m: 3 * chunked_cross_entropy(h, m, targets, weights)  # noqa: E731
+    loss, gradients = jax.value_and_grad(scaled, (0, 1))(hidden, matrix)
+    assert loss == pytest.approx(3 * value, rel=1e-6)
+    np.testing.assert_allclose(gradients[0], 3 * d_hidden, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], 3 * d_matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_hidden_states_keep_a_float32_loss_and_matrix_gradient():
+    hidden, matrix, targets, weights = problem(n=64, d=32, v=50)
+    narrow = jnp.asarray(hidden, jnp.bfloat16)
+    rounded = np.asarray(narrow, np.float32), np.asarray(jnp.asarray(matrix, jnp.bfloat16), np.float32)
+    value, d_hidden, d_matrix = dense_float64(*rounded, targets, weights)
+    loss, (gh, gm) = jax.value_and_grad(chunked_cross_entropy, (0, 1))(narrow, jnp.asarray(matrix), targets, weights)
+    assert loss.dtype == gm.dtype == jnp.float32 and gh.dtype == jnp.bfloat16
+    assert loss == pytest.approx(value, rel=1e-5)
+    np.testing.assert_allclose(gm, d_matrix, atol=0.01 * np.abs(d_matrix).max())
+    np.testing.assert_allclose(gh.astype(np.float32), d_hidden, atol=0.02 * np.abs(d_hidden).max())
+
+
+def test_extreme_logits_and_weightless_tokens_stay_finite():
+    hidden, matrix = jnp.array([[1e4], [1.0]]), jnp.array([[1.0, -1.0]])
+    loss, gradient = jax.value_and_grad(chunked_cross_entropy)(hidden, matrix, jnp.array([1, 0]), jnp.array([1.0, 0.0]))
+    assert loss == pytest.approx(2e4)
+    np.testing.assert_allclose(gradient, [[2.0], [0.0]])
+
+
+def test_gradients_take_three_matrix_products_and_no_token_by_vocabulary_array():
+    n, d, v = 16384, 64, 8192
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((n, d), "float32"), ((d, v), "float32"), ((n,), "int32"))]
+    gradient = jax.grad(chunked_cross_entropy, (0, 1))
+    weights = jax.ShapeDtypeStruct((n,), "float32")
+    assert str(jax.make_jaxpr(gradient)(*shapes, weights)).count("dot_general[") == 3
+    memory = jax.jit(gradient).lower(*shapes, weights).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < n * v * 4 / 2
+
+
+def test_targets_stay_inside_their_document():
+    tokens = np.array([[10, 11, 12, 13, 14, 15, 16, 17]])
+    segments = np.array([[1, 1, 1, 2, 1, 1, 0, 0]])  # the fourth is a document of one token; then padding
+    for shift in (1, 2):
+        targets, weights = shifted_targets(jnp.asarray(tokens), jnp.asarray(segments), shift)
+        expected = np.zeros(8)
+        for t in range(8 - shift):
+            expected[t] = segments[0, t] != 0 and len(set(segments[0, t : t + shift + 1])) == 1
+        np.testing.assert_array_equal(weights[0], expected)
+        np.testing.assert_array_equal(targets[0, : 8 - shift], tokens[0, shift:])
+
+
+def packed_batch(rows=2, length=40):
+    rng = np.random.default_rng(3)
+    segments = np.repeat([[1, 2, 3, 0]], [13, 7, 16, 4], axis=1).repeat(rows, 0)
+    tokens = rng.integers(0, TINY.vocab_size, (rows, length))
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": jnp.asarray(segments, jnp.int32)}
+
+
+@pytest.fixture(scope="module")
+def computed():
+    """Parameters, batch, and per stage kind (loss, parts, gradients)."""
+    params, batch = random_params(TINY), packed_batch()
+    floats, tables = _floats(params)
+
+    def loss(floats, kind):
+        whole = jax.tree.map(lambda a, b: b if a is None else a, floats, tables, is_leaf=lambda x: x is None)
+        return training_loss(TINY, whole, batch, batch_totals(TINY, batch), OBJECTIVES[kind], WEIGHTS, 0.25)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    return params, batch, {kind: run(floats, kind) for kind in OBJECTIVES}
+
+
+def _floats(params):
+    is_float = lambda x: x.dtype == jnp.float32  # noqa: E731
+    return tuple(jax.tree.map(lambda x, k=k: x if is_float(x) == k else None, params) for k in (True, False))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(computed):
+    for kind, ((loss, parts), _) in computed[2].items():
+        total = WEIGHTS.index * parts.get("index_kl", 0)
+        total += parts.get("ce", 0) + 0.25 * parts.get("mtp", 0) + WEIGHTS.balance * parts.get("balance", 0)
+        assert loss == pytest.approx(total, rel=1e-6), kind
+    assert set(computed[2]["indexer_warmup"][0][1]) == {"load", "hc_errors", "index_kl", "index_recall"}
+
+
+def test_next_token_mtp_and_balance_losses_equal_their_formulas(computed):
+    params, batch, results = computed
+    out = jax.jit(lambda p: model.forward(TINY, p, **_call(batch), attention="dense", mtp=True, record=True))(params)
+    tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
+    matrix = np.asarray(model.output_matrix(params), np.float64)
+    parts = results["dense"][0][1]
+    for name, hidden, shift in (("ce", out.hidden, 1), ("mtp", out.mtp_hidden, 2)):
+        logits = np.asarray(hidden, np.float64) @ matrix
+        log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        log_p -= logits.max(-1, keepdims=True)
+        nats = [
+            -log_p[b, t, tokens[b, t + shift]]
+            for b in range(tokens.shape[0])
+            for t in range(tokens.shape[1] - shift)
+            if segments[b, t] != 0 and len(set(segments[b, t : t + shift + 1])) == 1
+        ]
+        assert parts[name] == pytest.approx(np.mean(nats), rel=1e-5)
+    learned = [out.layers[i]["balance"] for i in (1, 2, 3)]  # block 0 routes by hash; block 3 is the MTP block
+    assert parts["balance"] == pytest.approx(np.mean(learned), rel=1e-6)
+
+
+def _call(batch):
+    return {"tokens": batch["tokens"], "segment_ids": batch["segment_ids"]}
+
+
+def test_the_index_loss_is_a_mean_over_the_tokens_that_see_an_entry(computed):
+    params, batch, results = computed
+    out = jax.jit(lambda p: model.forward(TINY, p, **_call(batch), attention="dense", index_loss=True))(params)
+    seen = out.layers[1]["index_loss"]
+    kl, counts = np.asarray(seen.kl, np.float64), np.asarray(seen.counts)
+    assert 0 < counts.sum() < counts.size
+    assert batch_totals(TINY, batch).index[0] == counts.sum()
+    assert results["indexer_warmup"][0][1]["index_kl"] == pytest.approx(kl[counts].mean(), rel=1e-5)
+
+
+def test_the_indexer_kl_reaches_every_indexer_parameter_and_nothing_else(computed):
+    """Mistake 6 of the field notes: an indexer that silently gets no gradient."""
+    gradients = computed[2]["indexer_warmup"][1]
+    facts = model.facts(TINY)
+    for (path, gradient), fact in zip(_leaves(gradients), jax.tree.leaves(_only_floats(facts)), strict=True):
+        assert bool(jnp.any(gradient != 0)) == (fact.role == "indexer"), path
+
+
+def test_the_language_losses_do_not_reach_the_indexer(computed):
+    gradients = computed[2]["dense"][1]
+    facts = jax.tree.leaves(_only_floats(model.facts(TINY)))
+    for (path, gradient), fact in zip(_leaves(gradients), facts, strict=True):
+        if fact.role == "indexer":
+            assert not jnp.any(gradient), path
+
+
+def _only_floats(facts):
+    return jax.tree.map(lambda x, fact: fact if x is not None else None, _floats(random_params(TINY))[0], facts)
+
+
+def _leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)

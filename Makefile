@@ -26,7 +26,7 @@ train: $(READY)
 	$(BIN)/dsv4 train nano
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What every test shares: the CPU, a compilation cache, and the markers."""
+"""What every test shares: the CPU and a compilation cache."""
 
 import os
 from pathlib import Path
@@ -8,15 +8,3 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4-jax" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
-MARKERS = {
-    "slow": "takes more than a minute on 2 cores",
-    "reference": "needs the optional extra `reference` (torch and transformers)",
-    "gpu": "needs a GPU",
-    "tpu": "needs a TPU",
-}
-
-
-def pytest_configure(config):
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")

@@ -138,6 +138,33 @@ def leaves_by_name(tree: Any) -> dict[str, np.ndarray]:
     return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in flat}
 
 
+def check_gradients(ours: Any, stated: Any, args: Any, tolerance: float = 1e-4, seed: int = 0) -> None:
+    """Value and gradients of `ours` (jax, float32) against the float64 numpy statement `stated`.
+
+    Every argument's gradient is compared along random directions with central differences of the statement.
+    """
+    rng = np.random.default_rng(seed)
+    args = [np.asarray(np.asarray(arg, np.float32), np.float64) for arg in args]
+    single = [jnp.asarray(arg, jnp.float32) for arg in args]
+    expected = stated(*args)
+    cotangent = rng.normal(size=expected.shape)
+
+    def weighted(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = ours(*args)
+        return (out * jnp.asarray(cotangent, jnp.float32)).sum(), out
+
+    run = jax.jit(jax.grad(weighted, argnums=tuple(range(len(args))), has_aux=True))
+    gradients, out = run(*single)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance / 5 * max(1, np.abs(expected).max()))
+    for i, gradient in enumerate(gradients):
+        for _ in range(3):
+            step = rng.normal(size=args[i].shape)
+            moved = [[*args[:i], args[i] + sign * 1e-5 * step, *args[i + 1 :]] for sign in (1, -1)]
+            slope = ((stated(*moved[0]) - stated(*moved[1])) * cotangent).sum() / 2e-5
+            scale = max(np.linalg.norm(gradient) * np.linalg.norm(step) / np.sqrt(step.size), 1e-3)
+            assert abs((np.asarray(gradient, np.float64) * step).sum() - slope) < tolerance * scale, f"argument {i}"
+
+
 def load_fixture(name: str) -> tuple[DeepseekV4Config, Any, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(config, parameters, forward.npz, grads.npz) of a reference fixture."""
     config, params = load_checkpoint(FIXTURES / name)

@@ -53,7 +53,9 @@ def test_every_layer_matches(run):
     for i in range(config.num_hidden_layers):
         for part in ("layer_out", "attn_out", "mlp_out"):
             ours, theirs = out.layers[i][part][:, positions], expected[f"{part}_{i}"]
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * max(1, np.abs(theirs).max()), err_msg=f"{part} {i}")
+            np.testing.assert_allclose(
+                ours, theirs, rtol=0, atol=2e-5 * max(1, np.abs(theirs).max()), err_msg=f"{part} {i}"
+            )
 
 
 def test_every_choice_of_experts_is_the_same(run):
@@ -116,7 +118,9 @@ def test_the_oracle_of_the_other_tests_matches_the_reference_too(by_hand):
     assert root_mean_square(logits(config) - expected) < NOISE
 
 
-@pytest.mark.parametrize("change", [{"hc_sinkhorn_iters": 19}, {"hc_eps": 0.0}, {"sliding_window": 7}, {"index_topk": 5}])
+@pytest.mark.parametrize(
+    "change", [{"hc_sinkhorn_iters": 19}, {"hc_eps": 0.0}, {"sliding_window": 7}, {"index_topk": 5}]
+)
 def test_the_tolerance_is_tight_enough_to_catch(by_hand, change):
     config, expected, logits = by_hand
     error = logits(config.replace(**change)) - expected

@@ -52,7 +52,7 @@ def test_mistake_1_mixing_maps_are_not_transposed():
 
 def test_mistake_1_columns_are_the_ones_normalised_last():
     a = np.asarray(sinkhorn(jnp.asarray(np.random.default_rng(0).normal(size=(50, 4, 4)), jnp.float32), 1, 1e-6))
-    assert np.abs(a.sum(-2) - 1).max() < 3e-6
+    assert np.abs(a.sum(-2) - 1).max() < 1e-5  # eps over the smallest sum
     assert np.abs(a.sum(-1) - 1).max() > 0.1
 
 
@@ -97,7 +97,7 @@ def test_mistake_3_maps_of_bfloat16_streams_are_computed_in_float32():
 def test_mistake_4_no_gradient_comes_from_the_future(params, mode):
     tokens = np.stack([np.random.default_rng(i).permutation(TINY.vocab_size)[:LENGTH] for i in (0, 0)]).astype(np.int32)
     rng = np.random.default_rng(3)
-    for t in range(LENGTH):  # every residue of both ratios
+    for t in (0, 3, 5, *range(20, 32), LENGTH - 1):  # every residue of both ratios
         weights = np.zeros((2, LENGTH, TINY.vocab_size))
         weights[0, t] = rng.normal(size=TINY.vocab_size)
         _, gradients = probe(mode, packed=False)(params, tokens, one_document(), weights_for(2, logits=weights))
@@ -163,9 +163,14 @@ def test_mistake_6_all_other_losses_move_everything_else_and_no_indexer_paramete
 
 
 RELEASED_RATIOS = TINY.replace(
-    num_hidden_layers=2, num_nextn_predict_layers=0, compress_ratios=(4, 128), layer_types=(CSA, HCA), num_hash_layers=0,
-    sliding_window=128, index_topk=1,
-)  # fmt: skip
+    num_hidden_layers=2,
+    num_nextn_predict_layers=0,
+    compress_ratios=(4, 128),
+    layer_types=(CSA, HCA),
+    num_hash_layers=0,
+    sliding_window=128,
+    index_topk=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,7 @@ def test_mistake_9_lengths_around_the_first_closed_blocks(released_ratios, lengt
 
 def test_mistake_14_no_block_or_overlap_straddles_two_documents():
     rng = np.random.default_rng(7)
-    for lengths in (rng.integers(1, 12, 6) for _ in range(5)):
+    for lengths in (rng.multinomial(50, np.full(6, 1 / 6)) for _ in range(5)):
         ids = np.repeat(np.arange(6), lengths)[None].astype(np.int32)
         layout = make_layout(TINY, 1, ids.size, jnp.asarray(ids))
         for ratio in (4, 6):

@@ -36,7 +36,9 @@ def test_documents_in_a_pack_equal_the_oracle_alone(packed, params):
         inside = slice(start, start + length)
         alone = run_oracle(TINY, params, tokens[row, inside], mode)
         np.testing.assert_allclose(out.logits[row, inside], alone.logits, rtol=0, atol=6e-5)
-        np.testing.assert_allclose(out.layers[1]["index_loss"].kl[row, inside], alone.layers[1]["kl"], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+            out.layers[1]["index_loss"].kl[row, inside], alone.layers[1]["kl"], rtol=0, atol=2e-5
+        )
         np.testing.assert_allclose(out.mtp_hidden[row, inside], alone.mtp_hidden, rtol=0, atol=6e-5)
 
 

@@ -94,8 +94,8 @@ def scores(
     nats, predicted = _nats_and_best(hidden, model.output_matrix(params), targets.reshape(-1))
     found = {"nats": (nats * weights.reshape(-1)).sum(), "predicted": predicted.reshape(tokens.shape)}
     if indexed := [layer["index_loss"] for layer in out.layers if "index_loss" in layer]:
-        found["recall"] = sum(jnp.where(loss.counts, loss.recall, 0.0).sum() for loss in indexed)
-        found["seeing"] = sum(loss.counts.sum() for loss in indexed)
+        found["recall"] = jnp.stack([jnp.where(loss.counts, loss.recall, 0.0).sum() for loss in indexed]).sum()
+        found["seeing"] = jnp.stack([loss.counts.sum() for loss in indexed]).sum()
     return found
 
 

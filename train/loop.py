@@ -19,14 +19,14 @@ from dsv4_jax.analysis.count import activated_parameters, total_parameters
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import to_released_json
 from train.checkpointing import Checkpoints
-from train.data.pipeline import BatchConfig, Rows, TrainBatches
-from train.data.retrieval import RecallTask
-from train.data.tokens import TokenStore, default_cache, prepare
+from train.data.pipeline import TrainBatches
+from train.data.tokens import TokenStore, default_cache
 from train.evaluate import Evaluator
 from train.flops import training_flops_per_token
 from train.metrics import Meter, MetricsWriter, Progress, device_peak, measured_matmul_peak
-from train.recipe import Recipe, RecipeError, Stage
+from train.recipe import Recipe, Stage
 from train.report import finish
+from train.run_data import check_recall, describe, open_store, recall_task, stage_batches
 from train.run_folder import RunFolder
 from train.state import TrainState
 from train.step import StepPlan, make_train_step
@@ -52,11 +52,11 @@ def train(recipe: Recipe, out: str | Path, *, cache: str | Path | None = None) -
     run = Run(recipe, config, folder)
     with run.phase("data"):
         run.say(_headline(recipe, config, folder, resuming))
-        store = _store(recipe, config, cache)
+        store = open_store(recipe, config, cache)
         check_recall(recipe, store)
         folder.begin(recipe, config)
         folder.bind_data(store)
-        run.say(f"data: {_describe(store)}")
+        run.say(f"data: {describe(store)}")
     with Checkpoints(folder.checkpoints, keep=recipe.cadence.keep) as checkpoints:
         with run.phase("set-up"):
             state, host = _restored_or_new(run, checkpoints)
@@ -80,7 +80,7 @@ def _all_stages(
     ):
         run.say = progress.note if jax.process_index() == 0 else say
         for index, start in _stages_from(recipe, first):
-            batches = _batches(recipe, store, index, int(state.step) - start, host)
+            batches = stage_batches(recipe, store, index, int(state.step) - start, host)
             state = StageRun(run, checkpoints, writer, progress, evaluators).run(state, index, start, batches)
         progress.update(writer.flush())
     run.say = say
@@ -212,8 +212,10 @@ def compiled_step(run: Run, stage: Stage, state: TrainState) -> Any:
     run.say(f"compiling the {stage.name} step: {stage.batch_size} x {stage.sequence_length} tokens ({stage.kind}) ...")
     began = time.perf_counter()
     with run.phase("compilation"):
+        # From shapes, so that a restored state finds the program of a fresh one in the compilation cache.
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         jitted: Any = make_train_step(run.plan, stage.kind, stage.microbatches)
-        step = jitted.lower(state, {"tokens": shape, "segment_ids": shape}).compile()
+        step = jitted.lower(abstract, {"tokens": shape, "segment_ids": shape}).compile()
     run.say(f"compiled in {time.perf_counter() - began:.1f} s")
     return step
 
@@ -223,55 +225,10 @@ def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jnp.asarray(batch[name]) for name in ("tokens", "segment_ids")}
 
 
-def recall_task(recipe: Recipe) -> RecallTask:
-    """The long-range recall task of a recipe."""
-    return RecallTask(n_pairs=recipe.data.recall_pairs, min_distance=recipe.data.recall_distance)
-
-
-def check_recall(recipe: Recipe, store: TokenStore) -> None:
-    """Makes one recall document for each row length, so that an impossible task is found at once."""
-    if not (recipe.data.recall_share or recipe.cadence.recall_rows):
-        return
-    for stage in recipe.stages:
-        try:
-            recall_task(recipe).document(store, stage.sequence_length, (0,))
-        except ValueError as error:
-            raise RecipeError(f"the recall task does not fit stage {stage.name!r}: {error}") from error
-
-
-def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
-    """The batches of every stage; each begins in the text where the one before it ended."""
-    data, configs, start = recipe.data, [], 0
-    for stage in recipe.stages:
-        configs.append(
-            BatchConfig(
-                stage.sequence_length,
-                stage.batch_size,
-                seed=recipe.seed,
-                packing=data.packing,
-                fim_rate=data.fim_rate,
-                recall=recall_task(recipe) if data.recall_share else None,
-                mixture=data.recall_share,
-                start=start,
-            )
-        )
-        start = Rows(store, configs[-1]).offset(stage.steps * stage.batch_size)
-    return configs
-
-
 def use_compilation_cache(cache: str | Path | None = None) -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told of another place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(cache or default_cache()) / "compiled"))
-
-
-def _batches(recipe: Recipe, store: TokenStore, index: int, done: int, host: dict[str, Any]) -> TrainBatches:
-    """The batches of stage `index` from its step `done` on."""
-    config = batch_configs(recipe, store)[index]
-    batches = TrainBatches(store, config, jax.process_index(), jax.process_count())
-    if done:
-        batches.set_state(host["data"])
-    return batches
 
 
 def _stages_from(recipe: Recipe, step: int) -> Iterator[tuple[int, int]]:
@@ -292,16 +249,6 @@ def _restored_or_new(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, di
     return state, host
 
 
-def _store(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | None) -> TokenStore:
-    store = prepare(recipe.data.corpus, recipe.data.tokenizer, vocab_size=config.vocab_size, cache=cache)
-    if store.tokenizer.vocab_size > config.vocab_size:
-        raise RecipeError(
-            f"the tokenizer has {store.tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}: "
-            f"set model.vocab_size={store.tokenizer.vocab_size}, or choose another data.tokenizer"
-        )
-    return store
-
-
 def _headline(recipe: Recipe, config: DeepseekV4Config, folder: RunFolder, resuming: bool) -> str:
     millions = (count / 1e6 for count in (total_parameters(config), activated_parameters(config)))
     size = "{:,.1f}M parameters ({:,.1f}M activated)".format(*millions)
@@ -309,14 +256,6 @@ def _headline(recipe: Recipe, config: DeepseekV4Config, folder: RunFolder, resum
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     work = f"{recipe.steps:,} steps, {recipe.tokens:,} tokens, on {devices}"
     return f"{recipe.name}: {recipe.about}\n{doing} in {folder.root}: {size}, {work}"
-
-
-def _describe(store: TokenStore) -> str:
-    held = store.heldout_documents
-    return (
-        f"{store.manifest.corpus}, {len(store.tokens):,} tokens of a vocabulary of {store.tokenizer.vocab_size:,} in "
-        f"{len(store.heldout):,} documents, {len(held)} of them held out ({store.document_bytes[held].sum():,} bytes)"
-    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -20,8 +20,8 @@ from dsv4_jax.layers.layout import make_layout
 Batch = dict[str, jax.Array]
 Parts = dict[str, jax.Array]
 
-# Logits held at once. One chunk of 2,048 tokens at a vocabulary of 8,192, of 129 tokens at the released one.
-LOGIT_ELEMENTS = 1 << 24
+# Logits held at once, so that a chunk stays in a CPU's outer cache; see `chunk_rows` for wide models.
+LOGIT_ELEMENTS = 1 << 21
 
 
 @jax.custom_vjp
@@ -87,10 +87,18 @@ def _chunk_loss(rows: jax.Array, matrix: jax.Array, targets: jax.Array, weights:
     return loss, (exponent / norm - is_target) * weights[:, None]
 
 
+def chunk_rows(vocab: int, width: int) -> int:
+    """Tokens per chunk: LOGIT_ELEMENTS of logits, but no fewer than the matrix is wide.
+
+    Every chunk adds to the matrix's gradient [D, V]; with D rows or more its logits are at least as large as that.
+    """
+    return max(LOGIT_ELEMENTS // vocab, width)
+
+
 def _chunks(vocab: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Each [N, ...] as [chunks, n, ...], padded with zeros (so with weight 0); chunks of even size."""
     tokens = arrays[0].shape[0]
-    count = -(-tokens // max(LOGIT_ELEMENTS // vocab, 1))
+    count = -(-tokens // chunk_rows(vocab, arrays[0].shape[1]))
     size = -(-tokens // count)
     pad = lambda x: jnp.pad(x, [(0, count * size - tokens)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
     return tuple(pad(x).reshape(count, size, *x.shape[1:]) for x in arrays)
@@ -161,7 +169,7 @@ def batch_totals(config: DeepseekV4Config, batch: Batch) -> Totals:
     """The totals of a whole batch [B, S], known before any microbatch of it is computed."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     ce, mtp = (shifted_targets(tokens, segment_ids, shift)[1].sum() for shift in (1, 2))
-    blocks = make_layout(config, *tokens.shape, segment_ids).blocks
+    blocks = make_layout(config, tokens.shape[0], tokens.shape[1], segment_ids).blocks
     ratios = [layer.ratio for layer in _blocks_run(config) if layer.attention == CSA and layer.ratio in blocks]
     seeing = {ratio: (blocks[ratio].hi > blocks[ratio].lo).sum().astype(jnp.float32) for ratio in set(ratios)}
     return Totals(ce, mtp, tuple(seeing[ratio] for ratio in ratios))

@@ -105,7 +105,7 @@ def _read(kind: Any, value: Any, where: str, base: Any) -> Any:
         return float(value)
     if origin is not None or kind is Any:  # a mapping
         _expect(isinstance(value, Mapping), "an object", value, where)
-        return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}
+        return _with_tuples(value)
     _expect(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), kind.__name__, value, where)
     return value
 
@@ -128,6 +128,10 @@ def _read_object(kind: Any, value: Any, where: str, base: Any) -> Any:
     if missing := [prefix + name for name in required if name not in read]:
         raise ValueError(f"the recipe lacks {', '.join(missing)}")
     return kind(**read)
+
+
+def _with_tuples(value: Any) -> Json:
+    return {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}
 
 
 def _expect(good: bool, what: str, value: Any, where: str) -> None:

@@ -13,6 +13,7 @@ from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore
 from train.metrics import MetricsWriter, read_metrics
 from train.plots import plot_curves
+from train.run_data import recall_task
 
 if TYPE_CHECKING:
     from train.loop import Evaluators, Run
@@ -48,7 +49,7 @@ def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) ->
         dense = evaluator.heldout(params, "dense", recipe.cadence.eval_documents)
         found |= {name: value for name, value in dense.items() if name == "index_recall"}
     if recipe.cadence.recall_rows:
-        task = RecallTask(n_pairs=recipe.data.recall_pairs, min_distance=recipe.data.recall_distance)
+        task = recall_task(recipe)
         score = evaluator.recall(params, attention, task, 4 * recipe.cadence.recall_rows)
         found |= {"retrieval_accuracy": score.accuracy, "retrieval_chance": task.chance(store.tokenizer)["shown"]}
         found["retrieval_by_distance"] = score.by_distance(_edges(task, last.sequence_length))
@@ -60,7 +61,7 @@ def heldout_sample(run: Run, store: TokenStore, params: Any) -> tuple[str, str]:
     """The beginning of a held-out document, and how the model goes on, as text."""
     document = store.document(int(store.heldout_documents[0]))[:PROMPT_TOKENS]
     room = min(SAMPLE_TOKENS, run.config.max_position_embeddings - len(document))
-    options = SampleOptions(max_new_tokens=room, temperature=0.8, top_p=0.95, eos_id=store.tokenizer.eos_id)
+    options = SampleOptions(room, 0.8, 0.95, store.tokenizer.eos_id, store.tokenizer.vocab_size)
     ids = sample(run.config, params, document.astype(np.int32), jax.random.key(run.recipe.seed), options)
     return store.tokenizer.decode(document[1:].tolist()), store.tokenizer.decode(ids.tolist())
 

@@ -103,7 +103,7 @@ def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState,
     if objective.attention == "sparse":
         metrics.pop("index_recall", None)  # 1 by construction; an evaluation with dense attention measures it
     metrics |= {"lr": jnp.asarray(plan.learning_rate(state.step), jnp.float32)}
-    metrics |= {"grad_norm": optax.global_norm(gradients)}
+    metrics |= {"grad_norm": optax.tree.norm(gradients)}
     metrics |= {f"update_rms_{name}": value for name, value in update_rms(updates, facts).items()}
     return TrainState(state.step + 1, params, optimizer, state.key), metrics
 

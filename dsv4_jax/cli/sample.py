@@ -46,7 +46,8 @@ class Sample:
 def main(arguments: Sequence[str]) -> None:
     """Parse `arguments`, load, and print continuations."""
     asked = tyro.cli(Sample, args=list(arguments), prog="dsv4 sample", description=DESCRIPTION)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for talkative in ("absl", "jax"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     import jax
     import numpy as np
 
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = load_tokenizer(asked.tokenizer) if asked.tokenizer else model.tokenizer
     if tokenizer is None:
         raise UserError(f"there is no tokenizer.json in {asked.checkpoint}: name one with --tokenizer")
-    options = SampleOptions(asked.max_new_tokens, asked.temperature, asked.top_p, tokenizer.eos_id)
+    special = tokenizer.eos_id, tokenizer.vocab_size
+    options = SampleOptions(asked.max_new_tokens, asked.temperature, asked.top_p, *special)
     prompt = np.array([tokenizer.bos_id, *tokenizer.encode(asked.prompt)], np.int32)
     for number in range(asked.count):
         key = jax.random.fold_in(jax.random.key(asked.seed), number)

@@ -57,7 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     recipe = find_recipe(asked.name or asked.recipe or "", settings)
     if asked.show:
         return show(recipe)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for talkative in ("absl", "jax"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from train.checkpointing import CheckpointError
     from train.data.manifest import DataMismatchError

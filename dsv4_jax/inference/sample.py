@@ -27,6 +27,7 @@ class SampleOptions:
         temperature: of the softmax; 0 takes the most likely token.
         top_p: sample from the smallest set of tokens that holds this much probability.
         eos_id: token that ends the text, or None.
+        vocab_size: of the tokenizer, where the model's is padded to more: ids from here on are never chosen.
 
     Raises:
         UserError: for values outside their range.
@@ -36,6 +37,7 @@ class SampleOptions:
     temperature: float = 1.0
     top_p: float = 1.0
     eos_id: int | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -87,7 +89,7 @@ def _extend(config: DeepseekV4Config, options: SampleOptions, params: Any, token
         tokens, length, _ = carry
         written = (jnp.arange(limit) < length).astype(jnp.int32)[None]
         hidden = model.forward(config, params, tokens, segment_ids=written, logits=False).hidden
-        logits = model.output_logits(params, hidden[0, length - 1])
+        logits = model.output_logits(params, hidden[0, length - 1])[: options.vocab_size]
         token = choose(logits, jax.random.fold_in(key, length), options.temperature, options.top_p)
         ended = token == (-1 if options.eos_id is None else options.eos_id)
         return tokens.at[0, length].set(token), jnp.where(ended, length, length + 1), ended

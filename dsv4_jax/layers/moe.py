@@ -48,7 +48,7 @@ class Gate(nnx.Module):
             biased = jax.lax.stop_gradient(scores) + self.bias[...]
             expert_ids = jax.lax.top_k(biased, c.num_experts_per_tok)[1]
         chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
-        weights = chosen / (chosen.sum(-1, keepdims=True) + 1e-20) * c.routed_scaling_factor
+        weights = shares(chosen) * c.routed_scaling_factor
         return Routing(expert_ids, weights, scores)
 
 
@@ -106,7 +106,16 @@ class MoE(nnx.Module):
 def sqrt_softplus(x: jax.Array) -> jax.Array:
     """`sqrt(log(1 + exp(x)))` with a finite gradient where softplus underflows: there it is `exp(x / 2)`."""
     small = x < -20.0
-    return jnp.where(small, jnp.exp(x / 2), jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, x))))
+    root = jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, x)))
+    return jnp.where(small, jnp.exp(jnp.where(small, x, 0.0) / 2), root)
+
+
+def shares(scores: jax.Array) -> jax.Array:
+    """Non-negative scores [.., E] over their sum; all zero where they are."""
+    # The scale cancels; it keeps the square of the sum, which the gradient divides by, from underflowing.
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    scaled = scores / jnp.maximum(largest, jnp.finfo(scores.dtype).tiny)
+    return scaled / (scaled.sum(-1, keepdims=True) + (largest == 0))
 
 
 def adapt_sharpness(scores: jax.Array, strength: float) -> jax.Array:
@@ -115,7 +124,7 @@ def adapt_sharpness(scores: jax.Array, strength: float) -> jax.Array:
     A token's uncertainty u is the entropy of its normalised scores over log E; scores are raised to `1 / tau` with
     `tau = exp(strength * (2u - 1))`, so u = 1/2 leaves them as they are. No auxiliary loss is involved.
     """
-    p = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+    p = shares(scores)
     uncertainty = -jax.scipy.special.xlogy(p, jnp.maximum(p, 1e-20)).sum(-1, keepdims=True) / jnp.log(scores.shape[-1])
     return jnp.maximum(scores, 1e-20) ** jnp.exp(-strength * (2 * uncertainty - 1))
 
@@ -152,8 +161,7 @@ def balance_record(routing: Routing, counted: jax.Array) -> dict[str, Any]:
     load = jax.vmap(lambda ids, marks: jnp.zeros(experts).at[ids].add(marks))(ids, marks)  # [B, E]
     tokens = jnp.maximum(counted.sum(1, keepdims=True), 1).astype(jnp.float32)
     scores = routing.scores.reshape(batch, length, experts)
-    share = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    mean_share = jnp.where(counted[..., None], share, 0.0).sum(1) / tokens
+    mean_share = jnp.where(counted[..., None], shares(scores), 0.0).sum(1) / tokens
     balance = (load * experts / (k * tokens) * mean_share).sum(-1).mean()
     return {
         "expert_ids": routing.expert_ids.reshape(batch, length, k),

@@ -81,9 +81,9 @@ def test_check_lists_every_problem_at_once():
 
 
 def test_an_indexer_stage_needs_an_indexer():
-    ratios = "model.compress_ratios=[0,0,128,128,128,128,128,0]"
+    ratios = [128] * preset("nano").num_hidden_layers + [0]
     with pytest.raises(RecipeError, match="no CSA layer"):
-        find_recipe("nano", [ratios]).check()
+        find_recipe("nano", [f"model.compress_ratios={ratios}"]).check()
 
 
 def test_recipe_files_build_on_a_base(tmp_path):

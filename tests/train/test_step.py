@@ -79,7 +79,7 @@ def test_rematerialisation_does_not_change_the_gradient(whole):
 def test_bfloat16_compute_gives_float32_gradients_near_those_of_float32(whole):
     got = gradients(1, dataclasses.replace(PLAN, precision=Precision(compute="bfloat16")))
     assert {x.dtype for x in jax.tree.leaves(got[0])} == {jnp.dtype("float32")}
-    assert got[1]["ce"] == pytest.approx(whole[1]["ce"], rel=0.02)
+    assert got[1]["ce"] == pytest.approx(float(whole[1]["ce"]), rel=0.02)
     flat = [jnp.concatenate([x.ravel() for x in jax.tree.leaves(g[0])]) for g in (whole, got)]
     assert flat[0] @ flat[1] / (jnp.linalg.norm(flat[0]) * jnp.linalg.norm(flat[1])) > 0.95
 
@@ -142,13 +142,13 @@ def test_balancing_evens_out_a_skewed_router():
     affinity = rng.normal(size=(512, TINY.n_routed_experts)) + np.linspace(0, 2, TINY.n_routed_experts)
     params = random_params(TINY)
     params["mtp"]["0"]["block"]["ffn"]["gate"]["bias"] *= 0
+    loads = []
     for _ in range(300):
         bias = np.asarray(params["mtp"]["0"]["block"]["ffn"]["gate"]["bias"])
         chosen = np.argsort(affinity + bias, axis=1)[:, -TINY.num_experts_per_tok :]
-        load = np.bincount(chosen.ravel(), minlength=TINY.n_routed_experts).astype(np.float32)
-        first = load if not bias.any() else first
-        params = move_router_biases(TINY, params, jnp.asarray([load * 0] * 3 + [load]), 0.01)
-    assert first.max() / first.mean() > 2 and load.max() / load.mean() < 1.1
+        loads.append(np.bincount(chosen.ravel(), minlength=TINY.n_routed_experts).astype(np.float32))
+        params = move_router_biases(TINY, params, jnp.asarray([loads[-1] * 0] * 3 + [loads[-1]]), 0.01)
+    assert loads[0].max() / loads[0].mean() > 1.5 and loads[-1].max() / loads[-1].mean() < 1.1
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -23,7 +23,9 @@ def index_topk(operands: IndexOperands, lo: jax.Array, hi: jax.Array, k: int) ->
     Returns:
         int32 [B, S, min(k, T)], best first, ties by position; -1 where fewer are visible.
     """
-    operands, lo, hi = jax.lax.stop_gradient((operands, lo, hi))
+    # The barrier ties the bounds to the operands. By themselves they are the same in every layer of a scan, and its
+    # differentiation would compute their masks, queries x entries, before the loop and keep them.
+    operands, lo, hi = jax.lax.optimization_barrier(jax.lax.stop_gradient((operands, lo, hi)))
     batch, length, heads, _ = operands.queries.shape
     entries = operands.keys.shape[1]
     k, tile = min(k, entries), min(KEY_TILE, entries)

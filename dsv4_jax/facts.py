@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+Optimizer = Literal["muon", "adamw", "none"]
+
+
 @dataclass(frozen=True)
 class Fact:
     """Facts of one array. Not a pytree node: a tree of facts has the structure of the tree of arrays.
@@ -22,5 +25,5 @@ class Fact:
     """
 
     axes: tuple[str, ...]
-    optimizer: Literal["muon", "adamw", "none"]
+    optimizer: Optimizer
     role: str

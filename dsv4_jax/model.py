@@ -6,6 +6,7 @@ n residual streams, V vocabulary, L blocks.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config, LayerSpec, Segment
-from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
 from dsv4_jax.kernels.streams import read, write
+from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
 from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, stochastic_errors
 from dsv4_jax.layers.layout import Layout, make_layout
 from dsv4_jax.layers.moe import MoE
@@ -55,7 +56,12 @@ class Block(nnx.Module):
         record = {"load": routed["load"], "balance": routed["balance"], "hc_errors": errors}
         record |= {"index_loss": seen["index_loss"]} if "index_loss" in seen else {}
         if options.record:
-            record |= {"layer_out": streams, "attn_out": attn_out, "mlp_out": mlp_out, "expert_ids": routed["expert_ids"]}
+            record |= {
+                "layer_out": streams,
+                "attn_out": attn_out,
+                "mlp_out": mlp_out,
+                "expert_ids": routed["expert_ids"],
+            }
             record |= {"selected": seen["selected"]} if "selected" in seen else {}
         return streams, record
 
@@ -75,7 +81,7 @@ class MultiTokenPrediction(nnx.Module):
         self.norm = parameter(jnp.ones(c.hidden_size), ("embed",), "adamw", "norm")
 
     def __call__(self, streams: jax.Array, next_embedding: jax.Array, batch: Batch, options: Options):
-        """Streams [B, S, n, D] before the head read, embeddings of tokens t+1 [B, S, D] -> (normed [B, S, D], record)."""
+        """Streams [B, S, n, D] before the head read, embeddings [B, S, D] of tokens t+1 -> ([B, S, D] normed, record)."""
         eps = self.config.rms_norm_eps
         embedded = dense(rms_norm(next_embedding, self.enorm[...], eps), self.e_proj[...])
         carried = dense(rms_norm(streams, self.hnorm[...], eps), self.h_proj[...])
@@ -166,11 +172,11 @@ def forward(
     """
     options = Options(AttentionOptions(attention, index_loss, policy), record, remat == "block", unroll)
     counted = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
-    batch = Batch(tokens, counted, make_layout(config, *tokens.shape, segment_ids))
+    rows, length = tokens.shape
+    batch = Batch(tokens, counted, make_layout(config, rows, length, segment_ids))
     ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
-    embedding = ends.embed[...].astype(dtype or ends.embed.dtype)
 
-    x = embedding[tokens]
+    x = ends.embed[...][tokens].astype(dtype or ends.embed.dtype)
     streams = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], config.hc_mult, x.shape[-1]))  # [B, S, n, D]
     layers: list[Record] = []
     for i, segment in enumerate(config.segments):
@@ -229,13 +235,16 @@ def init(config: DeepseekV4Config, key: jax.Array) -> Params:
     params = nnx.to_pure_dict(nnx.state(Ends(config, nnx.Rngs(ends_key))))
     params["segments"] = {}
     for i, (segment, segment_key) in enumerate(zip(config.segments, keys, strict=True)):
-        one = lambda key, spec: nnx.to_pure_dict(nnx.state(Block(config, spec, nnx.Rngs(key))))  # noqa: E731
         unit = {}
         for j, spec in enumerate(segment.unit):
             block_keys = jax.random.split(jax.random.fold_in(segment_key, j), segment.repeats)
-            unit[str(j)] = jax.vmap(lambda key, spec=spec: one(key, spec))(block_keys)
+            unit[str(j)] = jax.vmap(partial(_init_block, config, spec))(block_keys)
         params["segments"][str(i)] = unit
     return params
+
+
+def _init_block(config: DeepseekV4Config, spec: LayerSpec, key: jax.Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(Block(config, spec, nnx.Rngs(key))))
 
 
 def facts(config: DeepseekV4Config) -> Params:

@@ -20,13 +20,16 @@ from train.checkpoint_record import CheckpointError, DamagedError, Record
 log = logging.getLogger("train.checkpointing")
 
 
-def newest_good(folder: epath.Path, step: int | None,
-                wanted: Callable[[Record], dict[str, jax.ShapeDtypeStruct]]) -> tuple[dict[str, jax.Array], Record]:
+def newest_good(
+    folder: epath.Path, step: int | None, wanted: Callable[[Record], dict[str, jax.ShapeDtypeStruct]]
+) -> tuple[dict[str, jax.Array], Record]:
     """Arrays by name and record of the newest step that verifies (or of `step`), reading what `wanted` picks."""
     found = committed_steps(folder)
     if not found or (step is not None and step not in found):
-        raise FileNotFoundError(f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}"
-                                + (f", which holds {listed(found)}" if found else ""))
+        raise FileNotFoundError(
+            f"no checkpoint{'' if step is None else f' of step {step}'} in {folder}"
+            + (f", which holds {listed(found)}" if found else "")
+        )
     reasons = []
     for candidate in [step] if step is not None else found[::-1]:
         try:
@@ -100,8 +103,9 @@ def committed_steps(folder: epath.Path) -> list[int]:
     """The steps that Orbax finished, ascending, from the names in the folder alone."""
     if not folder.exists():
         return []
-    return sorted(int(path.name) for path in folder.iterdir()
-                  if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path))
+    return sorted(
+        int(path.name) for path in folder.iterdir() if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
+    )
 
 
 def absolute(folder: str | os.PathLike) -> epath.Path:

@@ -58,8 +58,10 @@ def make(step: int, leaves: Mapping[str, jax.Array], host: Mapping[str, Any]) ->
     """The record of one checkpoint. Raises TypeError or ValueError for what it cannot hold, naming it."""
     for name, leaf in leaves.items():
         if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise TypeError(f"state[{name}] is {_kind(leaf)}; a checkpoint holds jax arrays: jnp.asarray for a number, "
-                            "jax.random.key_data for a random key, or put plain values into `host`")
+            raise TypeError(
+                f"state[{name}] is {_kind(leaf)}; a checkpoint holds jax arrays: jnp.asarray for a number, "
+                "jax.random.key_data for a random key, or put plain values into `host`"
+            )
     record = {"format": FORMAT, "step": step, "leaves": _described(leaves), "host": _plain_json(host)}
     return {**record, "sha256": _digest(record)}
 
@@ -77,8 +79,11 @@ def check_whole(record: Record, step: int) -> None:
 
 def abstract(record: Record, top: str = "") -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every saved array (under `top`) by name, to be placed whole on the first device."""
-    return {name: _placed(jax.ShapeDtypeStruct(shape, dtype)) for name, (shape, dtype, _) in record["leaves"].items()
-            if not top or name == top or name.startswith(top + "/")}
+    return {
+        name: _placed(jax.ShapeDtypeStruct(shape, dtype))
+        for name, (shape, dtype, _) in record["leaves"].items()
+        if not top or name == top or name.startswith(top + "/")
+    }
 
 
 def matched(record: Record, targets: Mapping[str, Any], top: str = "") -> dict[str, jax.ShapeDtypeStruct]:
@@ -163,11 +168,19 @@ def _difference(record: Record, saved: Mapping[str, str], wanted: Mapping[str, s
     """The first differing names with both shapes, how many differ, and the config of the save."""
     names = [name for name in {**wanted, **saved} if saved.get(name) != wanted.get(name)]
     names.sort(key=lambda name: not name.startswith("params/"))
-    lines = [f"  {name}: checkpoint {saved.get(name, 'has none')}, model {wanted.get(name, 'has none')}"
-             for name in names[:shown]]
+    lines = [
+        f"  {name}: checkpoint {saved.get(name, 'has none')}, model {wanted.get(name, 'has none')}"
+        for name in names[:shown]
+    ]
     if len(names) > shown:
         lines.append(f"  ... and {len(names) - shown} more")
     config = json.dumps(record["host"].get("config", "not recorded"))
     config = config if len(config) < 1500 else config[:1500] + " ..."
-    return "\n".join([f"the checkpoint of step {record['step']} belongs to another model or optimizer: {len(names)} of "
-                      f"{len({**wanted, **saved})} arrays differ", *lines, f"It was written with the config {config}"])
+    return "\n".join(
+        [
+            f"the checkpoint of step {record['step']} belongs to another model or optimizer: {len(names)} of "
+            f"{len({**wanted, **saved})} arrays differ",
+            *lines,
+            f"It was written with the config {config}",
+        ]
+    )

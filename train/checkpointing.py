@@ -104,8 +104,12 @@ class Checkpoints:
         if step is None:
             self._damaged = newer
         elif newer:
-            log.warning("restored step %d of %s, which also holds %s: to train on from here, save into another folder",
-                        step, self.folder, listed(newer))
+            log.warning(
+                "restored step %d of %s, which also holds %s: to train on from here, save into another folder",
+                step,
+                self.folder,
+                listed(newer),
+            )
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), values.values())
         return record["step"], state, record["host"]
 
@@ -150,7 +154,8 @@ class Checkpoints:
         """The writing manager, made at the first save: opening it clears away what killed saves left half-written."""
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, keep_period=self._keep_every, cleanup_tmp_directories=True)
+                max_to_keep=self._keep, keep_period=self._keep_every, cleanup_tmp_directories=True
+            )
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 
@@ -164,14 +169,18 @@ class Checkpoints:
         """Words the error, and drops the manager, whose list of steps a failed save leaves wrong."""
         self._release()
         kept = listed(self.steps) if self.steps else "none, this was the first"
-        return CheckpointError(f"saving the checkpoint of step {self._saving} in {self.folder} failed: "
-                               f"{first_line(error)}{_free_space(self.folder)}. Earlier checkpoints intact: {kept}.")
+        return CheckpointError(
+            f"saving the checkpoint of step {self._saving} in {self.folder} failed: "
+            f"{first_line(error)}{_free_space(self.folder)}. Earlier checkpoints intact: {kept}."
+        )
 
     def _refuse_overwrite(self, step: int) -> None:
         good = [s for s in self.steps if s >= step and s not in self._damaged]
         if good:
-            raise FileExistsError(f"{self.folder} already holds {listed(good)}, so step {step} is not saved there: "
-                                  "resume from the newest checkpoint, or give this run a folder of its own")
+            raise FileExistsError(
+                f"{self.folder} already holds {listed(good)}, so step {step} is not saved there: "
+                "resume from the newest checkpoint, or give this run a folder of its own"
+            )
 
     def _set_damaged_aside(self) -> None:
         """Renames the steps that `restore` found damaged: neither retention nor a later restore may count them."""
@@ -187,8 +196,9 @@ class Checkpoints:
         files.on_all_processes(True)
 
 
-def load_params(folder: str | os.PathLike, step: int | None = None, *,
-                abstract_params: PyTree | None = None) -> tuple[dict[str, Any], PyTree]:
+def load_params(
+    folder: str | os.PathLike, step: int | None = None, *, abstract_params: PyTree | None = None
+) -> tuple[dict[str, Any], PyTree]:
     """Reads only the parameters of the newest good checkpoint, or of `step`: for sampling and evaluation.
 
     Args:

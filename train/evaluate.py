@@ -45,7 +45,7 @@ class Evaluator:
         self._scores = {mode: jax.jit(partial(scores, config, forward, mode)) for mode in ("dense", "sparse")}
 
     def heldout(self, params: Any, attention: Attention, documents: int | None = None) -> dict[str, float]:
-        """"heldout_bpb", bits per byte of the (first `documents`) held-out documents; dense also "index_recall".
+        """ "heldout_bpb", bits per byte of the (first `documents`) held-out documents; dense also "index_recall".
 
         Recall is the share of the dense attention's mass on compressed entries that the indexer's choice would hold.
         """
@@ -86,9 +86,7 @@ def scores(
         the number of (layer, token) pairs that it is a sum over.
     """
     dense = attention == "dense"
-    out = forward(
-        config, params, tokens, segment_ids=segment_ids, attention=attention, logits=False, index_loss=dense
-    )
+    out = forward(config, params, tokens, segment_ids=segment_ids, attention=attention, logits=False, index_loss=dense)
     targets, weights = shifted_targets(tokens, segment_ids, 1)
     hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
     nats, predicted = _nats_and_best(hidden, model.output_matrix(params), targets.reshape(-1))

@@ -260,4 +260,3 @@ def _headline(recipe: Recipe, config: DeepseekV4Config, folder: RunFolder, resum
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-

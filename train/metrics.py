@@ -105,8 +105,10 @@ class MetricsWriter:
     def _open(self, resume_step: int | None) -> None:
         if self.path.exists() and self.path.stat().st_size:
             if resume_step is None:
-                raise FileExistsError(f"{self.path} is the log of an earlier run: resume it (resume_step=...), or "
-                                      "give this run a folder of its own")
+                raise FileExistsError(
+                    f"{self.path} is the log of an earlier run: resume it (resume_step=...), or "
+                    "give this run a folder of its own"
+                )
             _drop_after(self.path, resume_step)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 

@@ -18,8 +18,13 @@ GREEN, RED, PURPLE = "#3a8f5c", "#b5433f", "#7a5aa6"
 STAGE_COLOURS = ("#ffffff", "#f6ead8", "#e6eef7", "#e7f2ea", "#f3e8f2")
 
 
-def plot_curves(metrics_path: str | os.PathLike, out: str | os.PathLike, *,
-                baselines: Mapping[str, float] | None = None, title: str | None = None) -> pathlib.Path:
+def plot_curves(
+    metrics_path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    baselines: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> pathlib.Path:
     """Draws the curves of a run; panels without data are left out.
 
     Args:
@@ -49,7 +54,7 @@ def plot_curves(metrics_path: str | os.PathLike, out: str | os.PathLike, *,
         for axis, draw in zip(axes, panels, strict=False):
             draw(axis, lines)
             _finish(axis, lines)
-        for axis in axes[len(panels):]:
+        for axis in axes[len(panels) :]:
             axis.remove()
         _head(figure, lines, title)
         figure.savefig(out, dpi=160)
@@ -57,12 +62,30 @@ def plot_curves(metrics_path: str | os.PathLike, out: str | os.PathLike, *,
 
 
 _STYLE = {
-    "font.size": 9.5, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.titlepad": 16, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#c6cad0", "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "xtick.color": "#5c636b", "ytick.color": "#5c636b",
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#dfe2e6", "grid.linewidth": 0.7, "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 8.5, "legend.handlelength": 1.4, "lines.linewidth": 1.6,
-    "figure.facecolor": "white", "svg.hashsalt": "dsv4",
+    "font.size": 9.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 16,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#c6cad0",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": "#5c636b",
+    "ytick.color": "#5c636b",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#dfe2e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 1.4,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "svg.hashsalt": "dsv4",
 }
 
 
@@ -192,11 +215,28 @@ def _finish(axis: Any, lines: Lines) -> None:
 def _stage_name(axis: Any, name: str, start: float, end: float, share: float) -> None:
     """Above the panel; a stage too short for its name gets it only on the learning rate panel, written upwards."""
     if share > 0.016 * len(name) + 0.02:
-        axis.text((start + end) / 2, 1.015, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom",
-                  fontsize=7.5, color=GREY)
+        axis.text(
+            (start + end) / 2,
+            1.015,
+            name,
+            transform=axis.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+            color=GREY,
+        )
     elif axis.get_title(loc="left").startswith("Learning rate"):
-        axis.text((start + end) / 2, 0.04, name, transform=axis.get_xaxis_transform(), ha="center", va="bottom",
-                  fontsize=7.5, color=GREY, rotation=90)
+        axis.text(
+            (start + end) / 2,
+            0.04,
+            name,
+            transform=axis.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+            color=GREY,
+            rotation=90,
+        )
 
 
 def _head(figure: Any, lines: Lines, title: str | None) -> None:
@@ -257,17 +297,20 @@ def _short(value: float) -> str:
 
 def _short_numbers() -> Any:
     from matplotlib.ticker import FuncFormatter
+
     return FuncFormatter(lambda value, _: _short(value))
 
 
 def _plain_numbers(sparse: bool = False) -> Any:
     """Numbers without exponents; on the minor ticks of a logarithmic axis only those that start with 2 or 5."""
     from matplotlib.ticker import FuncFormatter
+
     return FuncFormatter(lambda value, _: f"{value:g}" if not sparse or f"{value:e}"[0] in "25" else "")
 
 
 def _percent() -> Any:
     from matplotlib.ticker import PercentFormatter
+
     return PercentFormatter(1, decimals=0)
 
 
@@ -276,6 +319,8 @@ def _matplotlib() -> Sequence[Any]:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing curves needs matplotlib: pip install matplotlib, or the notebooks extra of this "
-                          "package. The numbers themselves are in metrics.jsonl") from error
+        raise ImportError(
+            "drawing curves needs matplotlib: pip install matplotlib, or the notebooks extra of this "
+            "package. The numbers themselves are in metrics.jsonl"
+        ) from error
     return Figure, rc_context

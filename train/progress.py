@@ -67,8 +67,11 @@ class Meter:
             return {"tokens_per_s": None, "flops_per_token": flops_per_token, "mfu": None}
         rate, flops = (sum(tick[i] for tick in list(self._ticks)[1:]) / elapsed for i in (1, 2))
         known = self.peak_flops and flops_per_token
-        return {"tokens_per_s": rate, "flops_per_token": flops_per_token,
-                "mfu": flops / self.peak_flops if known and self.peak_flops else None}
+        return {
+            "tokens_per_s": rate,
+            "flops_per_token": flops_per_token,
+            "mfu": flops / self.peak_flops if known and self.peak_flops else None,
+        }
 
     def pause(self) -> None:
         """Forgets the steps so far, so that time spent on evaluation or a new compilation does not count."""
@@ -86,8 +89,15 @@ class Progress:
       stream: standard output by default.
     """
 
-    def __init__(self, total_steps: int, *, first_step: int = 0, total_tokens: int | None = None, every: float = 10.0,
-                 stream: TextIO | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        total_tokens: int | None = None,
+        every: float = 10.0,
+        stream: TextIO | None = None,
+    ):
         """See the class."""
         self.total_steps, self.total_tokens, self.every = total_steps, total_tokens, every
         self._stream = sys.stdout if stream is None else stream
@@ -110,12 +120,15 @@ class Progress:
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """One line of text for one line of metrics."""
-        parts = [f"step {line['step']:,}/{self.total_steps:,}", line.get("stage"),
-                 _labelled("loss {:.4f}", line, "loss"),
-                 _labelled("held-out {:.3f} bits/byte", line, "heldout_bpb"),
-                 _labelled("{:,.0f} tokens/s", line, "tokens_per_s"),
-                 f"MFU {'unknown' if line.get('mfu') is None else format(line['mfu'], '.1%')}",
-                 f"{_duration(self.seconds_left(line))} left"]
+        parts = [
+            f"step {line['step']:,}/{self.total_steps:,}",
+            line.get("stage"),
+            _labelled("loss {:.4f}", line, "loss"),
+            _labelled("held-out {:.3f} bits/byte", line, "heldout_bpb"),
+            _labelled("{:,.0f} tokens/s", line, "tokens_per_s"),
+            f"MFU {'unknown' if line.get('mfu') is None else format(line['mfu'], '.1%')}",
+            f"{_duration(self.seconds_left(line))} left",
+        ]
         return " | ".join(part for part in parts if part)
 
     def seconds_left(self, line: Mapping[str, Any]) -> float | None:
@@ -196,8 +209,13 @@ def _rich_bar(stream: TextIO, total: int, done: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as RichProgress
-    bar = RichProgress(BarColumn(bar_width=24), TextColumn("{task.description}", markup=False),
-                       console=Console(file=stream), refresh_per_second=4)
+
+    bar = RichProgress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.description}", markup=False),
+        console=Console(file=stream),
+        refresh_per_second=4,
+    )
     bar.add_task("compiling", total=total, completed=done)
     bar.start()
     return bar

@@ -54,4 +54,5 @@ def _idle_loop(x: jax.Array) -> jax.Array:
     """x behind a loop that is entered only for a NaN in the first place, and then changes nothing."""
     first = x.reshape(-1)[0]
     same = lambda x: jnp.where(x == x, x, jnp.nan).astype(x.dtype)  # noqa: E731
-    return jax.lax.while_loop(lambda s: s[0], lambda s: (False, same(s[1])), (first != first, x))[1]
+    leave = lambda s: (jnp.zeros_like(s[0]), same(s[1]))  # noqa: E731
+    return jax.lax.while_loop(lambda s: s[0], leave, (first != first, x))[1]

@@ -79,9 +79,7 @@ def _over_streams(streams: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _mix(streams: jax.Array, comb: jax.Array) -> jax.Array:
     """`out_j = sum_i comb_ij stream_i` in float32: [.., n, D]."""
-    terms = [
-        comb[..., i, :, None] * streams[..., i, None, :].astype(jnp.float32) for i in range(streams.shape[-2])
-    ]
+    terms = [comb[..., i, :, None] * streams[..., i, None, :].astype(jnp.float32) for i in range(streams.shape[-2])]
     return sum(terms[1:], terms[0])
 
 
@@ -110,7 +108,7 @@ def _project_bwd(saved, d_mix: jax.Array):
     along = (d_mix * mix).sum(-1, keepdims=True) * jnp.square(inverse_rms) / flat.shape[-1]
     d_flat = jnp.dot(d_scaled, fn.T, precision=highest) - along * flat
     narrow = d_scaled.reshape(-1, fn.shape[1]).T @ flat.reshape(-1, fn.shape[0])
-    # Materialised, so that XLA does not turn the product around: with the long axis as rows it is ten times slower on CPU.
+    # Materialised, so that XLA does not turn the product around: its CPU backend is ten times slower on long rows.
     d_fn = materialise(narrow).T
     return d_flat.reshape(streams.shape).astype(streams.dtype), d_fn, None
 

@@ -51,7 +51,9 @@ class Attention(nnx.Module):
         self.attn_sink = parameter(jnp.zeros(heads), ("heads",), "adamw", "attn")
         shape = (groups, heads // groups * width, c.o_lora_rank)
         self.wo_a = parameter(normal(rngs, shape, c), ("o_groups", "heads", "o_lora"), "muon", "attn")
-        self.wo_b = parameter(normal(rngs, (groups * c.o_lora_rank, c.hidden_size), c), ("o_lora", "embed"), "muon", "attn")
+        self.wo_b = parameter(
+            normal(rngs, (groups * c.o_lora_rank, c.hidden_size), c), ("o_lora", "embed"), "muon", "attn"
+        )
         if spec.attention != SLIDING:
             self.compressor = Compressor(c, spec.ratio, width, spec.attention == CSA, "compressor", rngs)
         if spec.attention == CSA:
@@ -115,5 +117,7 @@ class Attention(nnx.Module):
         with jax.named_scope("output"):
             groups = self.config.o_groups
             out = rotate(out, rope.inverse()).reshape(*out.shape[:2], groups, -1)
-            low = jnp.einsum("bsgi,gio->bsgo", out, self.wo_a[...].astype(out.dtype), preferred_element_type=jnp.float32)
+            low = jnp.einsum(
+                "bsgi,gio->bsgo", out, self.wo_a[...].astype(out.dtype), preferred_element_type=jnp.float32
+            )
             return dense(low.astype(out.dtype).reshape(*out.shape[:2], -1), self.wo_b[...])

@@ -36,9 +36,11 @@ class Compressor(nnx.Module):
         return rotate(rms_norm(pooled, self.norm[...], self.eps), blocks.rope).astype(x.dtype)
 
     def _with_previous(self, values: jax.Array, scores: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows of block i: the first half of block i-1's channels, then the second half of its own; [B, T, 2m, width]."""
+        """Rows of block i: block i-1's first half of the channels, then its own second half; [B, T, 2m, width]."""
         absent = starts[..., None, None]
-        values = jnp.concatenate([jnp.where(absent, 0.0, _shift(values[..., : self.width])), values[..., self.width :]], 2)
+        values = jnp.concatenate(
+            [jnp.where(absent, 0.0, _shift(values[..., : self.width])), values[..., self.width :]], 2
+        )
         previous = jnp.where(absent, -jnp.inf, _shift(scores[..., : self.width]))
         return values, jnp.concatenate([previous, scores[..., self.width :]], 2)
 

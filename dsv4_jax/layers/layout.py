@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv4_jax.config import SLIDING, DeepseekV4Config
 from dsv4_jax.layers.rotary import Rotation, frequencies, rotation
@@ -74,13 +75,13 @@ def document_positions(batch: int, length: int, segment_ids: jax.Array | None) -
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def _plain_blocks(positions: jax.Array, ratio: int, freqs: jax.Array) -> Blocks:
+def _plain_blocks(positions: jax.Array, ratio: int, freqs: np.ndarray) -> Blocks:
     batch, length = positions.shape
     first = jnp.broadcast_to(jnp.arange(length // ratio, dtype=jnp.int32) * ratio, (batch, length // ratio))
     return Blocks(None, first == 0, rotation(first, freqs), jnp.zeros_like(positions), (positions + 1) // ratio)
 
 
-def _packed_blocks(positions: jax.Array, ratio: int, freqs: jax.Array) -> Blocks:
+def _packed_blocks(positions: jax.Array, ratio: int, freqs: np.ndarray) -> Blocks:
     batch, length = positions.shape
     count = length // ratio
     ends = (positions + 1) % ratio == 0

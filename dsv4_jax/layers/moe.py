@@ -38,7 +38,9 @@ class Gate(nnx.Module):
     def __call__(self, x: jax.Array, tokens: jax.Array) -> Routing:
         """Route x [N, D]; `tokens` [N] are the token ids of hash routing. Float32 throughout."""
         c = self.config
-        logits = jnp.dot(x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        logits = jnp.dot(
+            x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
         scores = sqrt_softplus(logits) if c.scoring_func == "sqrtsoftplus" else jax.nn.sigmoid(logits)
         if c.adaptive_routing_temperature:
             scores = adapt_sharpness(scores, c.adaptive_routing_temperature)
@@ -59,7 +61,10 @@ class Experts(nnx.Module):
         """Parameters w1, w3 [E, D, I] and w2 [E, I, D]; without the expert axis for the shared expert."""
         c = self.config = config
         stack, axes = ((), ()) if count is None else ((count,), ("experts",))
-        wide, narrow = (*stack, c.hidden_size, c.moe_intermediate_size), (*stack, c.moe_intermediate_size, c.hidden_size)
+        wide, narrow = (
+            (*stack, c.hidden_size, c.moe_intermediate_size),
+            (*stack, c.moe_intermediate_size, c.hidden_size),
+        )
         self.w1 = parameter(normal(rngs, wide, c), (*axes, "embed", "mlp"), "muon", "experts")
         self.w3 = parameter(normal(rngs, wide, c), (*axes, "embed", "mlp"), "muon", "experts")
         self.w2 = parameter(normal(rngs, narrow, c), (*axes, "mlp", "embed"), "muon", "experts")
@@ -119,7 +124,7 @@ def shares(scores: jax.Array) -> jax.Array:
 
 
 def adapt_sharpness(scores: jax.Array, strength: float) -> jax.Array:
-    """The article's adaptive routing temperature (3.2): flatter scores where a token is ambiguous, sharper where it is not.
+    """The article's adaptive routing temperature (3.2): flatter scores for ambiguous tokens, sharper for clear ones.
 
     A token's uncertainty u is the entropy of its normalised scores over log E; scores are raised to `1 / tau` with
     `tau = exp(strength * (2u - 1))`, so u = 1/2 leaves them as they are. No auxiliary loss is involved.
@@ -140,7 +145,7 @@ def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
 def hash_table(key: jax.Array, config: DeepseekV4Config) -> jax.Array:
     """tid2eid [V, k]: distinct experts for every token id, each expert as often as any other (to one)."""
     vocab, k, experts = config.vocab_size, config.num_experts_per_tok, config.n_routed_experts
-    # Deal shuffled decks of all experts one after another; a hand of k consecutive cards from a rotated deck is distinct.
+    # Deal a shuffled deck of all experts again and again: k consecutive cards are distinct experts.
     start = jax.random.permutation(key, vocab) * k % experts
     order = jax.random.permutation(jax.random.fold_in(key, 1), experts)
     return order[(start[:, None] + jnp.arange(k)) % experts].astype(jnp.int32)

@@ -42,6 +42,6 @@ _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 def dense(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """`x @ weight` in x's dtype with float32 accumulation; the result has `dtype`, or x's. [.., I] x [I, O] -> [.., O]."""
+    """`x @ weight`, [.., I] x [I, O] -> [.., O], in x's dtype, accumulated in float32; returned as `dtype` or x's."""
     out = jnp.dot(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
     return out.astype(dtype or x.dtype)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
-from dsv4_jax.facts import Fact
+from dsv4_jax.facts import Fact, Optimizer
 
 
 class Buffer(nnx.Variable):
     """An array of the model that no gradient moves: router bias, hash table."""
 
 
-def parameter(value: jax.Array, axes: tuple[str, ...], optimizer: str, role: str) -> nnx.Param:
+def parameter(value: jax.Array, axes: tuple[str, ...], optimizer: Optimizer, role: str) -> nnx.Param:
     """A trainable array with its logical axes, optimizer and role (`dsv4_jax.facts.Fact`)."""
     return nnx.Param(value, fact=Fact(axes, optimizer, role))
 

@@ -23,7 +23,7 @@ class Rotation(NamedTuple):
 
 
 def frequencies(theta: float, dims: int, yarn: Mapping[str, Any] | None) -> np.ndarray:
-    """Angular frequency of each pair, [R/2] float32; `yarn` interpolates the slow ones (no attention-temperature term)."""
+    """Angular frequency of each pair, [R/2] float32; `yarn` interpolates the slow ones (attention is not rescaled)."""
     freqs = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
     if yarn is not None:
         original = yarn["original_max_position_embeddings"]

@@ -1,7 +1,7 @@
 """One measurement of `train_cpu` in a process of its own: `python -m tests.benchmarks.train_sides '{"side": ...}'`.
 
-Prints one line of JSON. Its own process, because peak memory belongs to a process. jax and torch are imported late, after
-the process is confined to as many CPUs as it may have threads.
+Prints one line of JSON. Its own process, because peak memory belongs to a process. jax and torch are imported late,
+after the process is confined to as many CPUs as it may have threads.
 """
 
 from __future__ import annotations

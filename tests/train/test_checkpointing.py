@@ -28,8 +28,10 @@ HOST = {"config": {"hidden_size": 8}, "data": {"seed": 3, "sample": 17}, "loss":
 def make_state(seed: int, width: int = 8):
     keys = jax.random.split(jax.random.key(seed), 4)
     return {
-        "params": {"embed": jax.random.normal(keys[0], (16, width), jnp.bfloat16),
-                   "blocks": [{"query": jax.random.normal(keys[1], (2, width, 3))}, {"none": jnp.zeros((0, 4))}]},
+        "params": {
+            "embed": jax.random.normal(keys[0], (16, width), jnp.bfloat16),
+            "blocks": [{"query": jax.random.normal(keys[1], (2, width, 3))}, {"none": jnp.zeros((0, 4))}],
+        },
         "buffers": {"routes": jax.random.randint(keys[2], (5, 7), -9, 9), "used": jnp.array([True, False])},
         "optimizer": (jax.random.normal(keys[3], (width,)).at[0].set(jnp.nan).at[1].set(-0.0), None),
         "step": jnp.int32(seed),
@@ -300,8 +302,12 @@ RESHARDED = """
 
 
 def test_a_state_saved_on_one_mesh_is_restored_and_verified_on_another(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-                   "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
     subprocess.run([sys.executable, "-c", textwrap.dedent(RESHARDED), str(tmp_path)], env=environment, check=True)
 
 
@@ -343,8 +349,9 @@ def test_two_processes_save_one_state_and_agree_on_what_is_damaged(tmp_path):
         port = free.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", textwrap.dedent(TWO_PROCESSES), str(tmp_path / "run"), str(port)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-                 for rank in range(2)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]
     try:
         errors = [process.communicate(timeout=60)[1] for process in processes]
     finally:

@@ -24,8 +24,11 @@ def test_each_step_is_written_one_step_late_and_the_last_at_the_end(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         assert writer.write(1, {"loss": jnp.float32(0.1), "stage": "dense"}) is None
         assert writer.path.read_text() == ""
-        assert writer.write(2, {"loss": jnp.bfloat16(0.5)}) == {"step": 1, "loss": float(np.float32(0.1)),
-                                                               "stage": "dense"}
+        assert writer.write(2, {"loss": jnp.bfloat16(0.5)}) == {
+            "step": 1,
+            "loss": float(np.float32(0.1)),
+            "stage": "dense",
+        }
         assert writer.write(2, {"heldout_bpb": 1.75}) is None
     assert read_metrics(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": 0.5, "heldout_bpb": 1.75}
 
@@ -77,8 +80,16 @@ def test_a_flush_before_a_checkpoint_leaves_no_step_missing(tmp_path):
 
 def test_values_that_are_not_finite_stay_strict_json_and_come_back(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        writer.write(1, {"loss": jnp.nan, "grad_norm": jnp.float32(-jnp.inf), "load": jnp.array([1.0, jnp.nan]),
-                         "mfu": None, "dead_experts": jnp.int32(3)})
+        writer.write(
+            1,
+            {
+                "loss": jnp.nan,
+                "grad_norm": jnp.float32(-jnp.inf),
+                "load": jnp.array([1.0, jnp.nan]),
+                "mfu": None,
+                "dead_experts": jnp.int32(3),
+            },
+        )
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -124,11 +135,28 @@ def test_rates_leave_out_the_first_step_and_whatever_a_pause_covers():
     assert Meter(None).tick(1, 2.0) == {"tokens_per_s": None, "flops_per_token": 2.0, "mfu": None}
 
 
-@pytest.mark.parametrize(("kind", "tera"), [
-    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4), ("NVIDIA GH200 480GB", 989.4),
-    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA A100-SXM4-80GB", 312), ("TPU v4", 275),
-    ("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v5p", 459), ("TPU v6 lite", 918), ("TPU7x", 1153.5),
-    ("cpu", None), ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA H100 MIG 1g.10gb", None)])
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("cpu", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA H100 MIG 1g.10gb", None),
+    ],
+)
 def test_peaks_are_those_of_the_data_sheets_or_unknown(kind, tera):
     assert progress.peak_of(kind) == (None if tera is None else pytest.approx(tera * 1e12))
 
@@ -183,16 +211,26 @@ def fake_run(folder: pathlib.Path, steps: int = 300, indexer: bool = True) -> pa
             stage = "dense" if step < 0.5 * steps else "indexer warm-up" if step < 0.6 * steps else "sparse"
             t = step / steps
             ce = 2.2 + 6.5 * math.exp(-9 * t) + rng.normal(0, 0.06)
-            line = {"stage": stage if indexer else "dense", "tokens": step * 4096, "loss": ce + 0.3 * (ce + 0.4),
-                    "ce": ce, "mtp": ce + 0.4, "lr": 3e-3 * min(1, 20 * t, 0.1 + 3 * (1 - t)),
-                    "grad_norm": 0.4 + 3 * math.exp(-20 * t) + abs(rng.normal(0, 0.1)),
-                    "load_max_over_mean": 1.2 + 2 * math.exp(-8 * t) + rng.normal(0, 0.05),
-                    "tokens_per_s": 5600 if stage == "dense" else 7100,
-                    "load_entropy": 1 - 0.2 * math.exp(-8 * t), "dead_experts": int(4 * math.exp(-20 * t)),
-                    "update_rms_muon": 0.18, "update_rms_adamw": 0.2 - 0.05 * t}
+            line = {
+                "stage": stage if indexer else "dense",
+                "tokens": step * 4096,
+                "loss": ce + 0.3 * (ce + 0.4),
+                "ce": ce,
+                "mtp": ce + 0.4,
+                "lr": 3e-3 * min(1, 20 * t, 0.1 + 3 * (1 - t)),
+                "grad_norm": 0.4 + 3 * math.exp(-20 * t) + abs(rng.normal(0, 0.1)),
+                "load_max_over_mean": 1.2 + 2 * math.exp(-8 * t) + rng.normal(0, 0.05),
+                "tokens_per_s": 5600 if stage == "dense" else 7100,
+                "load_entropy": 1 - 0.2 * math.exp(-8 * t),
+                "dead_experts": int(4 * math.exp(-20 * t)),
+                "update_rms_muon": 0.18,
+                "update_rms_adamw": 0.2 - 0.05 * t,
+            }
             if indexer and stage != "dense":
-                line |= {"index_kl": 1.5 * math.exp(-14 * (t - 0.5)),
-                         "index_recall": 0.95 - 0.5 * math.exp(-18 * (t - 0.5))}
+                line |= {
+                    "index_kl": 1.5 * math.exp(-14 * (t - 0.5)),
+                    "index_recall": 0.95 - 0.5 * math.exp(-18 * (t - 0.5)),
+                }
             if step % (steps // 10) == 0:
                 line |= {"heldout_bpb": ce * 0.75 - 0.2, "retrieval_accuracy": min(1.0, t * t)}
             writer.write(step, line)

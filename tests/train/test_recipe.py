@@ -40,8 +40,13 @@ def test_settings_by_dotted_name():
     recipe = find_recipe(
         "nano",
         [
-            "learning_rate.peak=0.01", "stages.0.steps=7", "stages.sparse.batch_size=3", "model.hidden_size=128",
-            "optimizer.clip_norm=null", "data.corpus=some/path", "seed=5",
+            "learning_rate.peak=0.01",
+            "stages.0.steps=7",
+            "stages.sparse.batch_size=3",
+            "model.hidden_size=128",
+            "optimizer.clip_norm=null",
+            "data.corpus=some/path",
+            "seed=5",
         ],  # fmt: skip
     )
     assert recipe.learning_rate.peak == 0.01 and recipe.stages[0].steps == 7

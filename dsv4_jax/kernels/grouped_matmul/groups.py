@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -44,16 +43,16 @@ def make_groups(expert_ids: jax.Array, experts: int, tile: int) -> Groups:
     shift = (tile_ends - tile_counts) * tile - (jnp.cumsum(counts) - counts)
     row_of_sorted = jnp.arange(pairs, dtype=jnp.int32) + shift[flat[order]]
     row_of = jnp.zeros(pairs, jnp.int32).at[order].set(row_of_sorted, unique_indices=True)
-    pair_of = jnp.full(tiles * tile, pairs, jnp.int32).at[row_of].set(
-        jnp.arange(pairs, dtype=jnp.int32), unique_indices=True
+    pair_of = (
+        jnp.full(tiles * tile, pairs, jnp.int32).at[row_of].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
     )
     expert_of_tile = jnp.searchsorted(tile_ends, jnp.arange(tiles), side="right").astype(jnp.int32)
     return Groups(row_of.reshape(expert_ids.shape), pair_of, jnp.minimum(expert_of_tile, experts - 1), tile_ends[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=())
+@jax.custom_vjp
 def spread(x: jax.Array, groups: Groups) -> jax.Array:
-    """Copy each token to its rows: x [N, D] -> [R, D]; padding rows are zero. Its gradient is a gather, not a scatter."""
+    """Copy each token to its rows: x [N, D] -> [R, D]; padding rows are zero. Its gradient is a gather too."""
     token = groups.pair_of // groups.row_of.shape[1]
     return materialise(x).at[token].get(mode="fill", fill_value=0)
 

@@ -59,7 +59,9 @@ def _weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, grou
     d_tiles = d_out.reshape(-1, groups.tile, d_out.shape[-1])
 
     def one(i: jax.Array, total: jax.Array) -> jax.Array:
-        product = jax.lax.dot_general(tiles[i], d_tiles[i], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        product = jax.lax.dot_general(
+            tiles[i], d_tiles[i], (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
         return total.at[groups.expert_of_tile[i]].add(product)
 
     total = jnp.zeros(weights.shape, jnp.float32)

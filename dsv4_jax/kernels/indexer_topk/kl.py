@@ -12,7 +12,7 @@ from dsv4_jax.kernels.indexer_topk.operands import IndexOperands
 
 
 class IndexLoss(NamedTuple):
-    """Per token [B, S]: the divergence, the share of attention mass that the chosen entries hold, and whether it counts.
+    """Per token [B, S]: the divergence, the share of attention mass on the chosen entries, and whether it counts.
 
     A token without a visible entry does not count; its other values are 0.
     """

@@ -20,5 +20,6 @@ def merge(branches: Sequence[tuple[jax.Array, jax.Array]], sink: jax.Array) -> t
     """
     sink = jnp.broadcast_to(sink.astype(jnp.float32), branches[0][1].shape)
     total = jax.nn.logsumexp(jnp.stack([sink, *(lse for _, lse in branches)]), axis=0)
-    out = sum(jnp.exp(lse - total)[..., None] * out.astype(jnp.float32) for out, lse in branches)
+    parts = [jnp.exp(lse - total)[..., None] * out.astype(jnp.float32) for out, lse in branches]
+    out = sum(parts[1:], parts[0])
     return out.astype(branches[0][0].dtype), total

@@ -64,6 +64,10 @@ def gather_attention(q: jax.Array, entries: jax.Array, indices: jax.Array, scale
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _over_entries(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
+    return _over_chunks(q, entries, choice, scale, gathered)
+
+
+def _over_chunks(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
     def one(args: tuple[jax.Array, jax.Array]) -> Branch:
         keys, visible = _chosen(entries, args[1], gathered)
         return _forward(args[0], keys, visible, scale)
@@ -74,7 +78,7 @@ def _over_entries(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: fl
 
 
 def _over_entries_fwd(q, entries, choice, scale, gathered):
-    out, lse = _over_entries(q, entries, choice, scale, gathered)
+    out, lse = _over_chunks(q, entries, choice, scale, gathered)
     return (out, lse), (q, entries, choice, out, lse)
 
 

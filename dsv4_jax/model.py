@@ -81,7 +81,7 @@ class MultiTokenPrediction(nnx.Module):
         self.norm = parameter(jnp.ones(c.hidden_size), ("embed",), "adamw", "norm")
 
     def __call__(self, streams: jax.Array, next_embedding: jax.Array, batch: Batch, options: Options):
-        """Streams [B, S, n, D] before the head read, embeddings [B, S, D] of tokens t+1 -> ([B, S, D] normed, record)."""
+        """Streams [B, S, n, D] before the head read, next tokens' embeddings [B, S, D] -> ([B, S, D], record)."""
         eps = self.config.rms_norm_eps
         embedded = dense(rms_norm(next_embedding, self.enorm[...], eps), self.e_proj[...])
         carried = dense(rms_norm(streams, self.hnorm[...], eps), self.h_proj[...])

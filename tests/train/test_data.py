@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, ByteTokenizer
 from train.data.manifest import Manifest
 from train.data.packing import shuffled
-from train.data.pipeline import BatchConfig, TrainBatches, bits_per_byte, heldout_batches
+from train.data.pipeline import BatchConfig, Rows, TrainBatches, bits_per_byte, heldout_batches
 from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore
 
@@ -242,3 +242,14 @@ def test_heldout_batches_are_shared_out_evenly():
 
 def test_a_uniform_byte_model_needs_eight_bits_per_byte():
     assert bits_per_byte(1000 * np.log(256), 1000) == pytest.approx(8)
+
+
+def test_shuffled_rows_are_the_same_rows_in_another_order_and_the_next_stage_begins_behind_the_stretch():
+    plain = Rows(STORE, BatchConfig(seq_len=32, batch_size=1))
+    mixed = Rows(STORE, BatchConfig(seq_len=32, batch_size=1, shuffle_rows=16))
+    for stretch in range(2):
+        numbers = range(16 * stretch, 16 * (stretch + 1))
+        in_order = [plain.row(i)["tokens"].tobytes() for i in numbers]
+        shuffled = [mixed.row(i)["tokens"].tobytes() for i in numbers]
+        assert in_order != shuffled and sorted(in_order) == sorted(shuffled)
+    assert mixed.offset(17) == 32 * 32 and plain.offset(17) == 17 * 32

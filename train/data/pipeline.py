@@ -39,6 +39,8 @@ class BatchConfig:
         recall: the long-range recall task to mix in; its documents fill whole rows.
         mixture: share of rows that are recall documents, in [0, 1).
         start: where this stage begins in the stream of tokens: the `offset` at which the stage before it ended.
+        shuffle_rows: rows are drawn in random order from consecutive stretches of so many. Neighbouring rows belong to
+            one document; a batch of them teaches far less than a batch from everywhere. 1 keeps the order.
     """
 
     seq_len: int
@@ -50,13 +52,14 @@ class BatchConfig:
     recall: RecallTask | None = None
     mixture: float = 0.0
     start: int = 0
+    shuffle_rows: int = 1
 
     def __post_init__(self) -> None:
         """Refuses values that cannot work; says which."""
         if self.packing not in PACKINGS:
             raise ValueError(f"packing {self.packing!r} is not one of {', '.join(PACKINGS)}")
-        if min(self.seq_len, self.batch_size, self.align) < 1 or self.start < 0:
-            raise ValueError("seq_len, batch_size and align must be at least 1, start at least 0")
+        if min(self.seq_len, self.batch_size, self.align, self.shuffle_rows) < 1 or self.start < 0:
+            raise ValueError("seq_len, batch_size, align and shuffle_rows must be at least 1, start at least 0")
         if not 0 <= self.fim_rate <= 1 or not 0 <= self.mixture < 1:
             raise ValueError(f"fim_rate {self.fim_rate} must lie in [0, 1] and mixture {self.mixture} in [0, 1)")
         if self.mixture and self.recall is None:
@@ -81,13 +84,25 @@ class Rows:
         if self.config.recall and self._recall_rows(index + 1) > before:
             return self._recall_row(before)
         row = empty_rows((self.config.seq_len,), self.store.tokenizer.pad_id)
-        for segment, piece in enumerate(self._packing.row(index - before), 1):
+        for segment, piece in enumerate(self._packing.row(self._place(index - before)), 1):
             put(row, piece.column, segment, self._tokens(piece))
         return row
 
     def offset(self, rows: int) -> int:
         """Place in the stream of tokens after so many rows: the `start` of a stage that goes on from there."""
-        return self.config.start + (rows - self._recall_rows(rows)) * self.config.seq_len
+        stretch = self.config.shuffle_rows
+        text_rows = -(-(rows - self._recall_rows(rows)) // stretch) * stretch  # a stretch begun is not returned to
+        return self.config.start + text_rows * self.config.seq_len
+
+    def _place(self, number: int) -> int:
+        """Which row of the packing is the `number`-th text row."""
+        stretch, within = divmod(number, self.config.shuffle_rows)
+        return stretch * self.config.shuffle_rows + int(self._order(stretch)[within])
+
+    @functools.lru_cache(maxsize=3)  # noqa: B019 (lives as long as the run)
+    def _order(self, stretch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.config.seed, self.config.start, 3, stretch])
+        return rng.permutation(self.config.shuffle_rows)
 
     def _recall_rows(self, index: int) -> int:
         """How many of the first `index` rows are recall documents: evenly spread, exact, without randomness."""

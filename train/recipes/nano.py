@@ -12,13 +12,13 @@ RECIPE = Recipe(
     name="nano",
     about="about 12 minutes on 2 CPU cores; held-out bits per byte below xz -9, recall far beyond the window",
     model=ModelChoice("nano"),
-    data=DataChoice(corpus="python", tokenizer="bpe", recall_share=0.15, recall_pairs=8, recall_distance=192),
+    data=DataChoice(corpus="python", tokenizer="bpe", recall_share=0.1, recall_pairs=4, recall_distance=128),
     stages=(
-        Stage("dense", "dense", steps=240, sequence_length=512, batch_size=4),
-        Stage("indexer", "indexer_warmup", steps=20, sequence_length=512, batch_size=4),
-        Stage("sparse", "sparse", steps=60, sequence_length=512, batch_size=4),
+        Stage("dense", "dense", steps=250, sequence_length=1024, batch_size=4),
+        Stage("indexer", "indexer_warmup", steps=10, sequence_length=1024, batch_size=4),
+        Stage("sparse", "sparse", steps=50, sequence_length=1024, batch_size=4),
     ),
     optimizer=OptimizerConfig(clip_norm=1.0),
-    learning_rate=LearningRate(peak=3e-3, floor=3e-4, warmup_steps=20, decay_start=0.5),
+    learning_rate=LearningRate(peak=8e-3, floor=3e-4, warmup_steps=10, decay_start=0.4),
     cadence=Cadence(checkpoint_every=100, eval_every=0, eval_documents=4, eval_batch_size=4, recall_rows=16),
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-
 Optimizer = Literal["muon", "adamw", "none"]
 
 

@@ -45,7 +45,7 @@ class Evaluator:
         self._scores = {mode: jax.jit(partial(scores, config, forward, mode)) for mode in ("dense", "sparse")}
 
     def heldout(self, params: Any, attention: Attention, documents: int | None = None) -> dict[str, float]:
-        """ "heldout_bpb", bits per byte of the (first `documents`) held-out documents; dense also "index_recall".
+        """Bits per byte of the (first `documents`) held-out documents, "heldout_bpb"; dense also "index_recall".
 
         Recall is the share of the dense attention's mass on compressed entries that the indexer's choice would hold.
         """

@@ -47,11 +47,12 @@ def test_every_leaf_has_a_component_and_the_components_add_up():
     parts = {part.name: part for part in count.count_parameters(preset("nano"))}
     assert set(parts) == set(count.COMPONENTS)
     c = preset("nano")
-    assert parts["routed experts"].total == 7 * 16 * 3 * c.hidden_size * c.moe_intermediate_size
-    assert parts["routed experts"].activated == 7 * 4 * 3 * c.hidden_size * c.moe_intermediate_size
+    expert, layers = 3 * c.hidden_size * c.moe_intermediate_size, c.num_hidden_layers
+    assert parts["routed experts"].total == layers * c.n_routed_experts * expert
+    assert parts["routed experts"].activated == layers * c.num_experts_per_tok * expert
     assert parts["embedding"].activated == c.hidden_size
     # wq_b, weights_proj, two projections of 2 x 32, 4 position biases of 2 x 32, a norm
-    indexer = 128 * 4 * 32 + 256 * 4 + 2 * 256 * 64 + 4 * 64 + 32
+    indexer = c.q_lora_rank * 4 * 32 + c.hidden_size * 4 + 2 * c.hidden_size * 64 + 4 * 64 + 32
     assert parts["indexers"].total == indexer * c.layer_types.count(CSA)
 
 

@@ -68,6 +68,10 @@ def _over_entries(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: fl
 
 
 def _over_chunks(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
+    # The barrier ties bounds to the queries. By themselves they are the same in every layer of a scan, and its
+    # differentiation would compute their masks, queries x entries x heads, before the loop and keep them.
+    q, choice = jax.lax.optimization_barrier((q, choice))
+
     def one(args: tuple[jax.Array, jax.Array]) -> Branch:
         keys, visible = _chosen(entries, args[1], gathered)
         return _forward(args[0], keys, visible, scale)

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: help train test lint types slow reference benchmark clean
 
 help:
-	@echo "make train      train the nano model on real text (about 12 minutes on 2 cores)"
+	@echo "make train      train the nano model on real text (about 10 minutes on 2 cores)"
 	@echo "make test       the tests"
 	@echo "make lint       ruff and pyright"
 	@echo "make slow       the slow tests"

@@ -1,8 +1,8 @@
 """The quickstart: a V4 with every mechanism, trained on Python source on two CPU cores.
 
-`dsv4 train nano` takes about 12 minutes on 2 cores and ends below the bits per byte of `xz -9` on held-out text. Its
-rows are long against the window of 64, and a share of them asks for names stated far beyond it, so that the compressed
-branches have something to do.
+`dsv4 train nano` took 570 s on 2 cores of an AMD EPYC (text already tokenised) and ended at 1.893 bits per byte of
+held-out text, where `xz -9` has 1.756. Its rows are long against the window of 64, and a share of them asks for names
+stated far beyond it; 310 steps do not teach that yet (3.2%, chance 25%).
 """
 
 from train.optimizer import OptimizerConfig
@@ -10,7 +10,7 @@ from train.recipe import Cadence, DataChoice, LearningRate, ModelChoice, Recipe,
 
 RECIPE = Recipe(
     name="nano",
-    about="about 12 minutes on 2 CPU cores; held-out bits per byte below xz -9, recall far beyond the window",
+    about="about 10 minutes on 2 CPU cores; 1.9 bits per byte of held-out Python source",
     model=ModelChoice("nano"),
     data=DataChoice(corpus="python", tokenizer="bpe", recall_share=0.1, recall_pairs=4, recall_distance=128),
     stages=(

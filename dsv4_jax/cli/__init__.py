@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from dsv4_jax.cli.huge_pages import restart_with_huge_pages
 from dsv4_jax.config_checks import nearest
 from dsv4_jax.errors import UserError
 
@@ -17,15 +18,19 @@ COMMANDS = {  # name: module, what it does
     ),
     "train": ("dsv4_jax.cli.train", "train a model by a recipe, or resume an interrupted run"),
     "sample": ("dsv4_jax.cli.sample", "continue a text with a trained checkpoint"),
+    "convert": ("dsv4_jax.cli.convert", "write a checkpoint in another naming scheme or format, or list its tensors"),
 }
 EXAMPLES = """  dsv4 info v4-pro
   dsv4 info path/to/model-folder
   dsv4 train nano
-  dsv4 sample runs/nano --prompt 'def main():'"""
+  dsv4 sample runs/nano --prompt 'def main():'
+  dsv4 convert runs/nano exported --scheme transformers"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dsv4 COMMAND ...`; returns the exit status, 2 for requests that cannot be met."""
+    if arguments is None:  # the command itself, not a caller inside a program
+        restart_with_huge_pages()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

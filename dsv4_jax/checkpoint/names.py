@@ -19,6 +19,33 @@ from dsv4_jax.shapes import Shape, block_shapes, layer_slots, mtp_shapes, top_sh
 
 Scheme = Literal["released", "transformers"]
 SCHEMES: tuple[Scheme, ...] = ("released", "transformers")
+Part = tuple[range, ...]  # a box in an array: from where to where in each axis
+
+
+@dataclass(frozen=True)
+class Place:
+    """One matrix (or vector, or table) of the parameter tree, and the rows of a stored tensor that hold it.
+
+    Attributes:
+        leaf: the leaf's path.
+        index: where in its leading axes.
+        shape: what remains of the leaf there: `(in, out)`, or the shape of what is stored as it is.
+        matrix: which matrix of a stored stack (an expert); 0 otherwise.
+        row: the first row in that matrix.
+        transposed: whether the stored rows are `out`.
+    """
+
+    leaf: str
+    index: tuple[int, ...]
+    shape: Shape
+    matrix: int
+    row: int
+    transposed: bool
+
+    def stored_part(self, part: Part) -> tuple[range, range]:
+        """Rows and columns of the stored matrix that hold `part` of the place."""
+        rows, columns = part[::-1] if self.transposed else (range(1), *part)[-2:]
+        return range(self.row + rows.start, self.row + rows.stop), columns
 
 
 @dataclass(frozen=True)
@@ -42,18 +69,22 @@ class Stored:
     shape: Shape
     transposed: bool
 
-    def unpack(self, array: np.ndarray) -> list[np.ndarray]:
-        """The file's tensor as one array of shape `part` per leaf."""
+    @property
+    def places(self) -> Iterator[Place]:
+        """What it holds, in the order of its rows."""
         if not self.transposed:
-            return [array]
-        stored = (*self.part[:-2], self.part[-1], self.part[-2])
-        return [half.reshape(stored).swapaxes(-1, -2) for half in np.split(array, len(self.leaves), axis=-2)]
+            yield Place(self.leaves[0], self.index, self.part, 0, 0, False)
+            return
+        inner = self.part[-2:]
+        for number, lead in enumerate(np.ndindex(*self.part[:-2])):
+            for half, leaf in enumerate(self.leaves):
+                matrix, block = (number, half) if len(self.shape) == 3 else (0, number)
+                yield Place(leaf, (*self.index, *lead), inner, matrix, block * inner[1], True)
 
-    def pack(self, arrays: list[np.ndarray]) -> np.ndarray:
-        """The inverse of `unpack`, contiguous."""
-        if not self.transposed:
-            return np.ascontiguousarray(arrays[0])
-        return np.ascontiguousarray(np.concatenate([a.swapaxes(-1, -2) for a in arrays], axis=-2).reshape(self.shape))
+    @property
+    def matrices(self) -> int:
+        """How many matrices are stored one behind the other: the experts, or 1."""
+        return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
     def slots(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -73,11 +104,19 @@ def stored_tensors(config: DeepseekV4Config) -> Iterator[Stored]:
         yield from _mtp(config, spec, module)
 
 
-def tensors_of_scheme(config: DeepseekV4Config, scheme: Scheme) -> dict[str, Stored]:
-    """The tensors of one scheme by name; transformers has none for the MTP module."""
-    column = SCHEMES.index(scheme)
+def tensors_of_scheme(config: DeepseekV4Config, scheme: Scheme | Literal["mix"]) -> dict[str, Stored]:
+    """The tensors of one scheme by name; only the release names those of the MTP module."""
+    column = {"released": 0, "transformers": 1, "mix": -1}[scheme]
     named = ((stored.names[column], stored) for stored in stored_tensors(config))
     return {name: stored for name, stored in named if name is not None}
+
+
+def scale_names(name: str, scheme: str = "released") -> tuple[str, ...]:
+    """Names that the scales of tensor `name` may have, the one of `scheme` first."""
+    if not name.endswith(".weight"):
+        return (f"{name}_scale_inv",)
+    names = (f"{name.removesuffix('.weight')}.scale", f"{name}_scale_inv")
+    return names[::-1] if scheme == "transformers" else names
 
 
 # Leaf: released name, transformers' name, the mix's name.

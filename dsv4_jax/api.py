@@ -14,6 +14,7 @@ from dsv4_jax import model as _model
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
+from dsv4_jax.layers.kv_cache import Cache, init_cache
 from dsv4_jax.presets import preset
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -35,9 +36,17 @@ class Model:
     params: _model.Params
     tokenizer: Tokenizer | None = None
 
-    def forward(self, params: _model.Params, tokens: jax.Array, **options: Any) -> _model.Output:
-        """`dsv4_jax.model.forward` for this config: tokens int32 [B, S] -> `.logits` [B, S, V] float32 and more."""
-        return _model.forward(self.config, params, jnp.asarray(tokens, jnp.int32), **options)
+    def forward(self, params: _model.Params, tokens: jax.Array, *, cache: Cache | None = None, **options: Any) -> Any:
+        """`dsv4_jax.model.forward` for this config: tokens int32 [B, S] -> `.logits` [B, S, V] float32 and more.
+
+        With a `cache` the tokens follow what it holds, and the result is (output, cache with these tokens).
+        """
+        out = _model.forward(self.config, params, jnp.asarray(tokens, jnp.int32), cache=cache, **options)
+        return out if cache is None else (out, out.cache)
+
+    def init_cache(self, batch: int, capacity: int, format: str = "float32", blocks: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens; see `layers.kv_cache.init_cache`."""
+        return init_cache(self.config, batch, capacity, format, blocks)
 
     def generate(
         self, prompt: str, max_new_tokens: int = 64, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
@@ -85,7 +94,7 @@ def load(folder: str | Path, *, step: int | None = None) -> Model:
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
         from dsv4_jax.checkpoint import load_checkpoint
 
-        config, params = load_checkpoint(folder)
+        config, params = load_checkpoint(folder, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     else:
         config, params = _load_run(folder, step)
     return Model(config, jax.tree.map(jnp.asarray, params), _tokenizer(folder))

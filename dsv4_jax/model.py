@@ -6,6 +6,7 @@ n residual streams, V vocabulary, L blocks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -13,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsv4_jax.config import DeepseekV4Config, LayerSpec, Segment
+from dsv4_jax.config import DeepseekV4Config, LayerSpec
 from dsv4_jax.kernels.streams import read, write
 from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
 from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, stochastic_errors
-from dsv4_jax.layers.layout import Layout, make_layout
+from dsv4_jax.layers.kv_cache import Cache, LayerCache, split_layer, trim
+from dsv4_jax.layers.layout import Layout, Past, make_cached_layout, make_layout
 from dsv4_jax.layers.moe import MoE
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import facts_of, normal, parameter
@@ -40,12 +42,12 @@ class Block(nnx.Module):
         self.ffn_norm = parameter(jnp.ones(config.hidden_size), ("embed",), "adamw", "norm")
         self.ffn = MoE(config, spec.routing, rngs)
 
-    def __call__(self, streams: jax.Array, batch: Batch, options: Options) -> tuple[jax.Array, Record]:
-        """streams [B, S, n, D] -> (streams, record of this block)."""
+    def __call__(self, streams: jax.Array, batch: Batch, options: Options, past: LayerCache | None = None):
+        """streams [B, S, n, D] -> (streams, record of this block, what its attention remembers)."""
         with jax.named_scope("attention"):
             maps = self.hc_attn(streams)
             x = rms_norm(read(streams, maps.pre), self.attn_norm[...], self.eps)
-            attn_out, seen = self.attn(x, batch.layout, options.attention)
+            attn_out, seen, past = self.attn(x, batch.layout, options.attention, past)
             streams = write(streams, attn_out, maps.post, maps.comb)
         with jax.named_scope("moe"):
             ffn_maps = self.hc_ffn(streams)
@@ -63,7 +65,7 @@ class Block(nnx.Module):
                 "expert_ids": routed["expert_ids"],
             }
             record |= {"selected": seen["selected"]} if "selected" in seen else {}
-        return streams, record
+        return streams, record, past
 
 
 class MultiTokenPrediction(nnx.Module):
@@ -80,13 +82,20 @@ class MultiTokenPrediction(nnx.Module):
         self.hc_head = HyperHead(c, rngs)
         self.norm = parameter(jnp.ones(c.hidden_size), ("embed",), "adamw", "norm")
 
-    def __call__(self, streams: jax.Array, next_embedding: jax.Array, batch: Batch, options: Options):
-        """Streams [B, S, n, D] before the head read, next tokens' embeddings [B, S, D] -> ([B, S, D], record)."""
+    def __call__(
+        self,
+        streams: jax.Array,
+        next_embedding: jax.Array,
+        batch: Batch,
+        options: Options,
+        past: LayerCache | None = None,
+    ) -> tuple[jax.Array, Record, LayerCache | None]:
+        """Streams [B, S, n, D] before the head read, next tokens' embeddings [B, S, D] -> ([B, S, D], record, past)."""
         eps = self.config.rms_norm_eps
         embedded = dense(rms_norm(next_embedding, self.enorm[...], eps), self.e_proj[...])
         carried = dense(rms_norm(streams, self.hnorm[...], eps), self.h_proj[...])
-        streams, record = self.block(embedded[..., None, :] + carried, batch, options)
-        return rms_norm(self.hc_head(streams), self.norm[...], eps), record
+        streams, record, past = self.block(embedded[..., None, :] + carried, batch, options, past)
+        return rms_norm(self.hc_head(streams), self.norm[...], eps), record, past
 
 
 class Ends(nnx.Module):
@@ -117,6 +126,7 @@ class Options(NamedTuple):
 
     attention: AttentionOptions
     record: bool
+    keep_all: bool
     remat: bool
     unroll: int | bool
 
@@ -128,12 +138,16 @@ class Output(NamedTuple):
     hidden: [B, S, D], normed: what the output matrix multiplies.
     mtp_hidden: the same of the MTP module, or None; position t predicts token t+2.
     layers: one record per block, the MTP block last when it ran: "load", "balance", "hc_errors", "index_loss".
+    streams: [B, S, n, D] behind the last block: what the MTP module reads.
+    cache: the given one with these tokens added, or None.
     """
 
     logits: jax.Array | None
     hidden: jax.Array
     mtp_hidden: jax.Array | None
     layers: list[Record]
+    streams: jax.Array
+    cache: Cache | None
 
 
 def forward(
@@ -142,12 +156,15 @@ def forward(
     tokens: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+    counts: jax.Array | None = None,
     attention: Mode = "sparse",
     dtype: Any = None,
     logits: bool = True,
     mtp: bool = False,
     index_loss: bool = False,
     record: bool = False,
+    keep_all: bool = False,
     remat: Literal["none", "block"] = "none",
     unroll: int | bool = 1,
     policy: precision.Policy = precision.NONE,
@@ -155,42 +172,93 @@ def forward(
     """The whole model on tokens [B, S]; pure: jit, differentiate and vmap it freely.
 
     Args:
-        config: the architecture; static, like every keyword but `segment_ids`.
+        config: the architecture; static, like every keyword but `segment_ids`, `cache` and `counts`.
         params: the tree of `init` or of a checkpoint.
         tokens: int32 [B, S].
         segment_ids: [B, S], documents as runs of equal ids in packed rows; 0 marks padding, which is not counted in the
             statistics. None: every row is one document. Padding is exact on either side.
+        cache: what came before: the tokens go on from there (see `init_cache`), and `Output.cache` holds them too.
+        counts: with a cache, how many tokens of each row are real, [B]; the rest is padding behind them. All by default.
         attention: "sparse" (the indexer chooses) or "dense" (all visible entries).
         dtype: compute dtype; the parameters' own by default. mHC, routing and compressor pooling stay float32.
         logits: also multiply the output matrix (a loss in chunks does that itself).
         mtp: also run the MTP module.
         index_loss: also compute the indexers' loss.
         record: also return every block's streams, sublayer outputs and choices.
+        keep_all: with a cache, do not decide yet how many tokens are real: `Output.cache` waits for `kv_cache.commit`.
         remat: "block" recomputes a unit of blocks in the backward pass instead of keeping its activations.
         unroll: how many units the layer loop unrolls (True: all).
         policy: rounding by tensor role.
     """
-    options = Options(AttentionOptions(attention, index_loss, policy), record, remat == "block", unroll)
-    counted = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
-    rows, length = tokens.shape
-    batch = Batch(tokens, counted, make_layout(config, rows, length, segment_ids))
+    options = Options(AttentionOptions(attention, index_loss, policy), record, keep_all, remat == "block", unroll)
+    batch = _describe(config, tokens, segment_ids, cache, counts)
     ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
 
     x = ends.embed[...][tokens].astype(dtype or ends.embed.dtype)
     streams = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], config.hc_mult, x.shape[-1]))  # [B, S, n, D]
     layers: list[Record] = []
-    for i, segment in enumerate(config.segments):
-        streams, records = _run_segment(config, segment, params["segments"][str(i)], streams, batch, options)
+    for i in range(len(config.segments)):
+        streams, records, cache = _run_segment(config, i, params["segments"][str(i)], streams, batch, options, cache)
         layers += records
     hidden = rms_norm(ends.hc_head(streams), ends.norm[...], config.rms_norm_eps)
 
     mtp_hidden = None
     if mtp and config.mtp_layers:
+        if cache is not None:
+            raise ValueError("with a cache the MTP module runs apart: see forward_mtp")
         following = _next_in_document(x, segment_ids)
         with jax.named_scope("mtp"):
-            mtp_hidden, mtp_record = ends.mtp["0"](streams, following, batch, options)
+            mtp_hidden, mtp_record, _ = ends.mtp["0"](streams, following, batch, options)
         layers.append(mtp_record)
-    return Output(output_logits(params, hidden) if logits else None, hidden, mtp_hidden, layers)
+    if cache is not None and batch.layout.past is not None and not keep_all:
+        cache = replace(cache, lengths=cache.lengths + batch.layout.past.counts)
+    return Output(output_logits(params, hidden) if logits else None, hidden, mtp_hidden, layers, streams, cache)
+
+
+def forward_mtp(
+    config: DeepseekV4Config,
+    params: Params,
+    streams: jax.Array,
+    next_tokens: jax.Array,
+    cache: Cache,
+    lengths: jax.Array,
+    counts: jax.Array,
+    keep_all: bool = False,
+    policy: precision.Policy = precision.NONE,
+) -> tuple[jax.Array, Cache]:
+    """The MTP module with a cache, behind a `forward` over the same tokens.
+
+    Args:
+        config: the architecture, with an MTP module.
+        params: the parameters.
+        streams: `Output.streams` of the tokens, [B, S, n, D].
+        next_tokens: the token that follows each of them, [B, S].
+        cache: the cache; only its "mtp" state is used.
+        lengths: tokens before these, [B].
+        counts: how many of these are real, [B].
+        keep_all: as in `forward`.
+        policy: as in `forward`.
+
+    Returns:
+        Normed hidden states [B, S, D], which predict the token after the next; and the cache with the new "mtp" state.
+    """
+    past = Past(lengths, counts)
+    layout = make_cached_layout(config, streams.shape[1], past)
+    batch = Batch(next_tokens, jnp.arange(streams.shape[1]) < counts[:, None], layout)
+    options = Options(AttentionOptions("sparse", False, policy), False, keep_all, False, 1)
+    ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
+    state = jax.tree.map(lambda x: x[0], cache.states["mtp"])
+    memory = cache.layer(config.mtp_layers[0], state, cache.pools["mtp"], jnp.int32(0))
+    embedded = ends.embed[...][next_tokens].astype(streams.dtype)
+    hidden, _, memory = ends.mtp["0"](streams, embedded, batch, options, memory)
+    state, pools = split_layer(memory)
+    state = jax.tree.map(lambda x: x[None], _trimmed(config, config.mtp_layers[0], state, batch, options))
+    return hidden, replace(cache, states=cache.states | {"mtp": state}, pools=cache.pools | {"mtp": pools})
+
+
+def _trimmed(config: DeepseekV4Config, spec: LayerSpec, state: Any, batch: Batch, options: Options) -> Any:
+    """A layer's state after these tokens; with `keep_all` all rows stay."""
+    return state if options.keep_all or batch.layout.past is None else trim(config, spec, state, batch.layout.past)
 
 
 def output_matrix(params: Params) -> jax.Array:
@@ -212,21 +280,57 @@ def _next_in_document(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return jnp.where(continues[..., None], following, 0)
 
 
-def _run_segment(config, segment: Segment, params: Params, streams, batch: Batch, options: Options):
-    """Scan the segment's unit over its stacked parameters; returns the streams and one record per block."""
-    graphs = [_graph(config, spec) for spec in segment.unit]
+def _describe(
+    config: DeepseekV4Config,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+    counts: jax.Array | None,
+) -> Batch:
+    rows, length = tokens.shape
+    if cache is None:
+        counted = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+        return Batch(tokens, counted, make_layout(config, rows, length, segment_ids))
+    counts = jnp.full(rows, length, jnp.int32) if counts is None else counts
+    layout = make_cached_layout(config, length, Past(cache.lengths, counts))
+    return Batch(tokens, jnp.arange(length) < counts[:, None], layout)
 
-    def unit(streams: jax.Array, params: Params) -> tuple[jax.Array, list[Record]]:
-        records = []
-        for i, graph in enumerate(graphs):
-            streams, record = nnx.merge(graph, params[str(i)])(streams, batch, options)
+
+def _run_segment(
+    config: DeepseekV4Config,
+    number: int,
+    params: Params,
+    streams: jax.Array,
+    batch: Batch,
+    options: Options,
+    cache: Cache | None,
+) -> tuple[jax.Array, list[Record], Cache | None]:
+    """Scan a segment's unit over its stacked parameters and states; the pools go along whole and change in place."""
+    segment = config.segments[number]
+    graphs = [_graph(config, spec) for spec in segment.unit]
+    names = [f"{number}/{i}" for i in range(len(graphs))]
+    states = {name: cache.states[name] for name in names} if cache is not None else None
+    pools = {name: cache.pools[name] for name in names} if cache is not None else None
+
+    def unit(carry: tuple[jax.Array, Any], stacked: tuple[Params, Any, jax.Array]) -> tuple[Any, Any]:
+        (streams, pools), (params, states, layer) = carry, stacked
+        records, new_states, new_pools = [], {}, {}
+        for i, (graph, name) in enumerate(zip(graphs, names, strict=True)):
+            past = cache and cache.layer(segment.unit[i], states[name], pools[name], layer)
+            streams, record, past = nnx.merge(graph, params[str(i)])(streams, batch, options, past)
             records.append(record)
-        return streams, records
+            if past is not None:
+                state, new_pools[name] = split_layer(past)
+                new_states[name] = _trimmed(config, segment.unit[i], state, batch, options)
+        return (streams, new_pools if cache else None), (records, new_states if cache else None)
 
     body = jax.checkpoint(unit) if options.remat else unit
-    streams, stacked = jax.lax.scan(body, streams, params, unroll=options.unroll)
+    stacked = (params, states, jnp.arange(segment.repeats, dtype=jnp.int32))
+    (streams, pools), (stacked, states) = jax.lax.scan(body, (streams, pools), stacked, unroll=options.unroll)
+    if cache is not None:
+        cache = replace(cache, states=cache.states | states, pools=cache.pools | pools)
     take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
-    return streams, [take(record, i) for i in range(segment.repeats) for record in stacked]
+    return streams, [take(record, i) for i in range(segment.repeats) for record in stacked], cache
 
 
 def init(config: DeepseekV4Config, key: jax.Array) -> Params:

@@ -10,9 +10,11 @@ from flax import nnx
 
 from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config, LayerSpec
 from dsv4_jax.kernels.indexer_topk import IndexOperands, index_loss, index_topk
+from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention import gather_attention, merge, range_attention, window_attention
 from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.indexer import Indexer
+from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Blocks, Layout
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
@@ -59,9 +61,12 @@ class Attention(nnx.Module):
         if spec.attention == CSA:
             self.indexer = Indexer(c, spec.ratio, rngs)
 
-    def __call__(self, x: jax.Array, layout: Layout, options: AttentionOptions) -> tuple[jax.Array, dict[str, Any]]:
-        """x [B, S, D] -> ([B, S, D], record).
+    def __call__(
+        self, x: jax.Array, layout: Layout, options: AttentionOptions, past: LayerCache | None = None
+    ) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
+        """x [B, S, D] -> ([B, S, D], record, what this layer remembers).
 
+        With a cache the tokens follow those of `past`, whose window, tails and pages come back with their rows added.
         The record holds "selected" [B, S, k] in CSA layers that chose (-1 unused) and, when asked for, "index_loss".
         """
         c, scale = self.config, self.config.head_dim**-0.5
@@ -74,15 +79,17 @@ class Attention(nnx.Module):
         with jax.named_scope("window"):
             kv = rotate(rms_norm(dense(x, self.wkv[...]), self.kv_norm[...], c.rms_norm_eps), rope)
             kv = options.policy("kv_entry", kv)
-            branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale)]
+            kv, past = self._remember(kv, layout, past)
+            before = layout.past.lengths if layout.past is not None else None
+            branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale, before)]
         record: dict[str, Any] = {}
         blocks = layout.blocks.get(self.spec.ratio)
         if blocks is None:  # a sliding layer, or a row shorter than one block
             out, _ = merge(branches, self.attn_sink[...])
-            return self._project(out, head_rope), record
+            return self._project(out, head_rope), record, past
         with jax.named_scope("compress"):
-            entries = options.policy("kv_entry", self.compressor(x, blocks))
-        choice, operands = self._choose(x, qr, rope, blocks, options, record)
+            entries, past = self._compress(x, blocks, options, past)
+        choice, operands, past = self._choose(x, qr, rope, blocks, options, past, record)
         with jax.named_scope("compressed"):
             if choice is None:
                 branches.append(range_attention(q, entries, blocks.lo, blocks.hi, scale))
@@ -93,24 +100,55 @@ class Attention(nnx.Module):
             compared = jnp.stack([blocks.lo, blocks.hi], -1) if choice is None else choice
             k = c.index_topk if choice is None else 0
             record["index_loss"] = index_loss(operands, q, entries, lse, compared, scale, k)
-        return self._project(out, head_rope), record
+        return self._project(out, head_rope), record, past
+
+    def _remember(
+        self, kv: jax.Array, layout: Layout, past: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Without a cache kv [B, S, K] itself; else the window before it and kv, as stored: [B, W + S, K]."""
+        if past is None or layout.past is None:
+            return kv, None
+        new = past.storage.encode(kv)
+        rows = {name: jnp.concatenate([old, new[name]], axis=1) for name, old in past.window.items()}
+        return past.storage.decode(rows, kv.dtype), past._replace(window=rows)
+
+    def _compress(
+        self, x: jax.Array, blocks: Blocks, options: AttentionOptions, past: LayerCache | None
+    ) -> tuple[jax.Array | Pages, LayerCache | None]:
+        """The row's entries [B, T, K], or with a cache the pages of all the sequence's entries."""
+        if past is None or past.tail is None or past.pages is None or blocks.places is None:
+            return options.policy("kv_entry", self.compressor(x, blocks)), None
+        entries, tail = self.compressor.extend(x, past.tail, blocks)
+        pages = past.pages.write(blocks.places, options.policy("kv_entry", entries))
+        return pages, past._replace(tail=tail, pages=pages)
 
     def _choose(
-        self, x: jax.Array, qr: jax.Array, rope: Rotation, blocks: Blocks, options: AttentionOptions, record: dict
-    ) -> tuple[jax.Array | None, IndexOperands | None]:
-        """The chosen entries [B, S, k], or None when all visible ones are attended; and the index operands."""
+        self,
+        x: jax.Array,
+        qr: jax.Array,
+        rope: Rotation,
+        blocks: Blocks,
+        options: AttentionOptions,
+        past: LayerCache | None,
+        record: dict[str, Any],
+    ) -> tuple[jax.Array | None, IndexOperands | None, LayerCache | None]:
+        """The chosen entries [B, S, k], or None when all visible ones are attended; index operands; the cache."""
         if self.spec.attention != CSA:
-            return None, None
+            return None, None, past
         # Rows with no more entries than top-k attend them all: choosing would only reorder them.
-        sparse = options.mode == "sparse" and blocks.starts_document.shape[1] > self.config.index_topk
-        if not sparse and not options.index_loss:
-            return None, None
+        count = blocks.starts_document.shape[1] if past is None else past.index_pages.capacity
+        sparse = options.mode == "sparse" and count > self.config.index_topk
+        if past is None and not sparse and not options.index_loss:
+            return None, None, past
         with jax.named_scope("index"):
-            operands = self.indexer(x, qr, rope, blocks, options.policy)
+            if past is None:
+                operands = self.indexer(x, qr, rope, blocks, options.policy)
+            else:  # keys are remembered even where nothing needs choosing yet
+                operands, past = self.indexer.extend(x, qr, rope, blocks, options.policy, past)
             if not sparse:
-                return None, operands
+                return None, operands, past
             record["selected"] = index_topk(operands, blocks.lo, blocks.hi, self.config.index_topk)
-            return record["selected"], operands
+            return record["selected"], operands, past
 
     def _project(self, out: jax.Array, rope: Rotation) -> jax.Array:
         """Rotate the heads' outputs [B, S, H, K] back, project each group of heads, then all groups: [B, S, D]."""

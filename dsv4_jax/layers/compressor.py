@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.layers.kv_cache import Tail
 from dsv4_jax.layers.layout import Blocks
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
@@ -28,12 +29,23 @@ class Compressor(nnx.Module):
 
     def __call__(self, x: jax.Array, blocks: Blocks) -> jax.Array:
         """Entries [B, T, width] of x [B, S, D], normalised and rotated, in x's dtype; float32 until the norm."""
-        values = blocks.gather(dense(x, self.wkv[...], jnp.float32), self.ratio)
-        scores = blocks.gather(dense(x, self.wgate[...], jnp.float32), self.ratio) + self.ape[...]
+        return self._pool(self._project(x), blocks, x.dtype)
+
+    def extend(self, x: jax.Array, tail: Tail, blocks: Blocks) -> tuple[jax.Array, Tail]:
+        """The entries of tokens that follow a tail, and the rows of both."""
+        rows = tail.followed_by(*self._project(x))
+        return self._pool(rows, blocks, x.dtype), rows
+
+    def _project(self, x: jax.Array) -> Tail:
+        return Tail(dense(x, self.wkv[...], jnp.float32), dense(x, self.wgate[...], jnp.float32))
+
+    def _pool(self, rows: Tail, blocks: Blocks, dtype: jnp.dtype) -> jax.Array:
+        values = blocks.gather(rows.values, self.ratio)
+        scores = blocks.gather(rows.scores, self.ratio) + self.ape[...]
         if self.overlap:
             values, scores = self._with_previous(values, scores, blocks.starts_document)
         pooled = (jax.nn.softmax(scores, axis=2) * values).sum(2)
-        return rotate(rms_norm(pooled, self.norm[...], self.eps), blocks.rope).astype(x.dtype)
+        return rotate(rms_norm(pooled, self.norm[...], self.eps), blocks.rope).astype(dtype)
 
     def _with_previous(self, values: jax.Array, scores: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rows of block i: block i-1's first half of the channels, then its own second half; [B, T, 2m, width]."""

@@ -10,6 +10,7 @@ from flax import nnx
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.kernels.indexer_topk import IndexOperands
 from dsv4_jax.layers.compressor import Compressor
+from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Blocks
 from dsv4_jax.layers.norm import dense
 from dsv4_jax.layers.parameters import normal, parameter
@@ -35,11 +36,28 @@ class Indexer(nnx.Module):
         Both are detached: the indexer learns from its own loss, and its loss trains only the indexer.
         """
         x, qr = jax.lax.stop_gradient((x, qr))
+        queries, weights = self._queries(x, qr, rope)
+        return IndexOperands(policy("index_q", queries), policy("index_k", hadamard(self.compressor(x, blocks))), weights)
+
+    def extend(
+        self, x: jax.Array, qr: jax.Array, rope: Rotation, blocks: Blocks, policy: Policy, past: LayerCache
+    ) -> tuple[IndexOperands, LayerCache]:
+        """The same with a cache: the keys are all of the sequence's, new ones included."""
+        assert past.index_tail is not None and past.index_pages is not None and blocks.places is not None
+        queries, weights = self._queries(x, qr, rope)
+        keys, tail = self.compressor.extend(x, past.index_tail, blocks)
+        storage = past.index_pages.storage
+        pages = past.index_pages.write(blocks.places, policy("index_k", hadamard(keys)))
+        # Queries are rounded as keys are: a score is a product of two FP4 vectors in the deployed format.
+        queries = storage.decode(storage.encode(policy("index_q", queries)), queries.dtype)
+        return IndexOperands(queries, pages, weights), past._replace(index_tail=tail, index_pages=pages)
+
+    def _queries(self, x: jax.Array, qr: jax.Array, rope: Rotation) -> tuple[jax.Array, jax.Array]:
+        """Queries [B, S, Hi, di] and head weights [B, S, Hi], scales included."""
         queries = dense(qr, self.wq_b[...]).reshape(*qr.shape[:-1], self.heads, self.width)
         queries = hadamard(rotate(queries, Rotation(*(a[..., None, :] for a in rope))))
-        keys = hadamard(self.compressor(x, blocks))
         weights = dense(x, self.weights_proj[...], jnp.float32) * (self.width**-0.5 * self.heads**-0.5)
-        return IndexOperands(policy("index_q", queries), policy("index_k", keys), weights)
+        return queries, weights
 
 
 def hadamard(x: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.config import SLIDING, DeepseekV4Config
+from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config
 from dsv4_jax.layers.rotary import Rotation, frequencies, rotation
 
 
@@ -24,6 +24,8 @@ class Blocks(NamedTuple):
     starts_document [B, T]: the entry has no previous block.
     rope [B, T, R/2]: the rotation at each entry's first token.
     lo, hi [B, S]: query t sees entries lo <= i < hi.
+    places [B, T]: with a cache, the number of each new entry in its sequence, -1 while it is incomplete. Then `tokens`
+        are rows of (tail, new tokens), and with overlap the first of the T entries is an old one, -1 as well.
     """
 
     tokens: jax.Array | None
@@ -31,6 +33,7 @@ class Blocks(NamedTuple):
     rope: Rotation
     lo: jax.Array
     hi: jax.Array
+    places: jax.Array | None = None
 
     def gather(self, x: jax.Array, ratio: int) -> jax.Array:
         """[B, S, C] -> [B, T, m, C]."""
@@ -41,6 +44,13 @@ class Blocks(NamedTuple):
         return jax.vmap(lambda row, tokens: row[tokens])(x, self.tokens)
 
 
+class Past(NamedTuple):
+    """What came before the tokens of a forward: lengths [B] seen so far, counts [B] of the new ones that are real."""
+
+    lengths: jax.Array
+    counts: jax.Array
+
+
 class Layout(NamedTuple):
     """Everything about a batch that does not depend on values: documents, rotations, blocks by ratio."""
 
@@ -48,6 +58,7 @@ class Layout(NamedTuple):
     positions: jax.Array  # [B, S], restarting at each document
     rope: dict[str, Rotation]  # "main" (sliding layers) and "compress" (CSA and HCA layers)
     blocks: dict[int, Blocks]
+    past: Past | None = None
 
 
 def make_layout(config: DeepseekV4Config, batch: int, length: int, segment_ids: jax.Array | None) -> Layout:
@@ -64,6 +75,44 @@ def make_layout(config: DeepseekV4Config, batch: int, length: int, segment_ids: 
         {"main": rotation(positions, main), "compress": rotation(positions, compress)},
         {ratio: make(positions, ratio, compress) for ratio in ratios},
     )
+
+
+def make_cached_layout(config: DeepseekV4Config, length: int, past: Past) -> Layout:
+    """The layout of `length` more tokens of each sequence, of which the first `past.counts` are real."""
+    positions = past.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+    main = frequencies(config.rope_theta, config.qk_rope_head_dim, None)
+    compress = frequencies(config.compress_rope_theta, config.qk_rope_head_dim, config.rope_scaling)
+    kinds = set(zip(config.layer_types, config.compress_ratios, strict=True))
+    return Layout(
+        None,
+        positions,
+        {"main": rotation(positions, main), "compress": rotation(positions, compress)},
+        {ratio: _growing_blocks(positions, ratio, kind == CSA, past, compress) for kind, ratio in kinds if ratio},
+        past,
+    )
+
+
+def _growing_blocks(positions: jax.Array, ratio: int, overlap: bool, past: Past, freqs: np.ndarray) -> Blocks:
+    """The entries that new tokens can complete, made of the tail's tokens and the new ones."""
+    before = int(overlap)
+    count = (positions.shape[1] + ratio - 1) // ratio + before
+    entry = past.lengths[:, None] // ratio - before + jnp.arange(count, dtype=jnp.int32)  # [B, T]
+    tokens = entry[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)
+    rows = tail_row(tokens.reshape(len(entry), -1), ratio, overlap, past.lengths).reshape(tokens.shape)
+    complete = (entry + 1) * ratio <= (past.lengths + past.counts)[:, None]
+    places = jnp.where(complete & (entry >= past.lengths[:, None] // ratio), entry, -1)
+    hi = (positions + 1) // ratio
+    return Blocks(rows, entry == 0, rotation(entry * ratio, freqs), jnp.zeros_like(hi), hi, places)
+
+
+def tail_row(token: jax.Array, ratio: int, overlap: bool, lengths: jax.Array) -> jax.Array:
+    """Where a sequence's tokens [B, n] lie in (tail, new tokens), `lengths` [B] being the first new one.
+
+    A tail has a row for each token of the incomplete block, and with overlap of the block before it, seen or not.
+    """
+    before, lengths = int(overlap), lengths[:, None]
+    first = (lengths // ratio - before) * ratio
+    return jnp.where(token < lengths, token - first, (1 + before) * ratio + token - lengths)
 
 
 def document_positions(batch: int, length: int, segment_ids: jax.Array | None) -> jax.Array:

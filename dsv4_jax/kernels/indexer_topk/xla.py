@@ -39,7 +39,7 @@ def index_topk(operands: IndexOperands, lo: jax.Array, hi: jax.Array, k: int) ->
             index = number * tile + jnp.arange(tile, dtype=jnp.int32)
             seen = (index >= lo[..., None]) & (index < jnp.minimum(hi, entries)[..., None])
             scores = jnp.where(seen, IndexOperands(queries, keys, weights).scores(), -jnp.inf)
-            return _best(best, scores, jnp.broadcast_to(index, scores.shape), k), None
+            return keep_best(best, scores, jnp.broadcast_to(index, scores.shape), k), None
 
         shape = (*lo.shape, k)
         none = (jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32))
@@ -51,7 +51,7 @@ def index_topk(operands: IndexOperands, lo: jax.Array, hi: jax.Array, k: int) ->
     return join(jax.lax.map(one, chunks), length)
 
 
-def _best(best: tuple[jax.Array, jax.Array], scores: jax.Array, index: jax.Array, k: int):
+def keep_best(best: tuple[jax.Array, jax.Array], scores: jax.Array, index: jax.Array, k: int):
     """The k best of what was kept and a new tile; earlier entries stand first, so ties go to them."""
     scores = jnp.concatenate([best[0], scores], axis=-1)
     index = jnp.concatenate([best[1], index], axis=-1)

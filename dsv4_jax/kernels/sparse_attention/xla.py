@@ -16,35 +16,49 @@ from dsv4_jax.kernels.chunks import chunk_length, join, split
 Branch = tuple[jax.Array, jax.Array]  # output [B, S, H, K], log-sum-exp [B, S, H]
 
 
-def window_attention(q: jax.Array, kv: jax.Array, segment_ids: jax.Array | None, window: int, scale: float) -> Branch:
+def window_attention(
+    q: jax.Array,
+    kv: jax.Array,
+    segment_ids: jax.Array | None,
+    window: int,
+    scale: float,
+    before: jax.Array | None = None,
+) -> Branch:
     """Each query of q [B, S, H, K] attends the last `window` tokens of its own document, itself included.
 
     Args:
         q: queries [B, S, H, K].
-        kv: one entry per token [B, S, K].
+        kv: one entry per token [B, S, K]; with `before` the W entries of earlier tokens come first, [B, W + S, K].
         segment_ids: [B, S] documents as runs of equal ids, or None for one document a row.
         window: W.
         scale: factor of the scores.
+        before: how many earlier tokens there were, [B]; where fewer than W, the first entries are empty.
 
     Returns:
         Output [B, S, H, K] and log-sum-exp [B, S, H] float32.
     """
     batch, length, heads, _ = q.shape
-    window = min(window, length)
+    block = min(window, length)
     # Blocks of W queries see their own block and the one before: the band costs twice its area at any length.
-    blocks = split(q, window)  # [N, B, W, H, K]
-    keys = _own_and_previous(split(kv, window))  # [N, B, 2W, K]
-    ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
-    query_ids = split(ids, window, fill=-1)
-    key_ids = _own_and_previous(query_ids, fill=-2)
-    distance = jnp.arange(window)[:, None] + window - jnp.arange(2 * window)
+    blocks = split(q, block)  # [N, B, W, H, K]
+    if before is None:
+        earlier = block
+        ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        keys, query_ids = _own_and_previous(split(kv, block)), split(ids, block, fill=-1)  # [N, B, 2W, K]
+        key_ids = _own_and_previous(query_ids, fill=-2)
+    else:
+        earlier = window
+        empty = jnp.arange(window + length) < window - before[:, None]
+        keys, key_ids = _with_earlier(kv, block, window), _with_earlier(jnp.where(empty, -2, 0), block, window)
+        query_ids = jnp.zeros((blocks.shape[0], batch, block), jnp.int32)
+    distance = jnp.arange(block)[:, None] + earlier - jnp.arange(earlier + block)
     band = (distance >= 0) & (distance < window)
 
     def one(args: tuple[jax.Array, ...]) -> Branch:
         q, keys, query_ids, key_ids = args
         return _attend(q, keys, band & (query_ids[..., None] == key_ids[..., None, :]), scale)
 
-    at_once = chunk_length(blocks.shape[0], batch * window * heads * 2 * window)
+    at_once = chunk_length(blocks.shape[0], batch * block * heads * (earlier + block))
     return join(jax.lax.map(one, (blocks, keys, query_ids, key_ids), batch_size=at_once), length)
 
 
@@ -74,7 +88,7 @@ def _over_chunks(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: flo
 
     def one(args: tuple[jax.Array, jax.Array]) -> Branch:
         keys, visible = _chosen(entries, args[1], gathered)
-        return _forward(args[0], keys, visible, scale)
+        return attend_keys(args[0], keys, visible, scale)
 
     chunk = _entries_chunk(q, entries, choice, gathered)
     chunks = (split(q, chunk), split(choice, chunk, fill=-1))
@@ -126,11 +140,11 @@ def _chosen(entries: jax.Array, choice: jax.Array, gathered: bool) -> tuple[jax.
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _attend(q: jax.Array, keys: jax.Array, visible: jax.Array, scale: float) -> Branch:
-    return _forward(q, keys, visible, scale)
+    return attend_keys(q, keys, visible, scale)
 
 
 def _attend_fwd(q, keys, visible, scale):
-    out, lse = _forward(q, keys, visible, scale)
+    out, lse = attend_keys(q, keys, visible, scale)
     return (out, lse), (q, keys, visible, out, lse)
 
 
@@ -143,7 +157,7 @@ def _attend_bwd(scale, saved, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(q: jax.Array, keys: jax.Array, visible: jax.Array, scale: float) -> Branch:
+def attend_keys(q: jax.Array, keys: jax.Array, visible: jax.Array, scale: float) -> Branch:
     """Softmax attention of q [B, Q, H, K] over keys [B, N, K] (or [B, Q, N, K]) where `visible` [B, Q, N]."""
     scores = jnp.where(visible[..., None, :], _dot(q, keys, "k") * scale, -jnp.inf)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
@@ -176,6 +190,14 @@ def _dot_heads(a: jax.Array, b: jax.Array, keys_ndim: int) -> jax.Array:
     """Contract a [B, Q, H, N] with b [B, Q, H, K] over heads, and over queries too when they share the keys."""
     own = "bqnk" if keys_ndim == 4 else "bnk"
     return jnp.einsum(f"bqhn,bqhk->{own}", a, b, preferred_element_type=jnp.float32)
+
+
+def _with_earlier(rows: jax.Array, block: int, window: int) -> jax.Array:
+    """Rows [B, W + S, ...], W of them earlier, as [N, B, W + block, ...]: what each block of queries may see."""
+    if block < window:
+        return rows[None]  # one block, shorter than the window
+    parts = split(rows, window)
+    return jnp.concatenate([parts[:-1], parts[1:]], axis=2)
 
 
 def _own_and_previous(blocks: jax.Array, fill: int = 0) -> jax.Array:

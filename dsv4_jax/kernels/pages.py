@@ -1,0 +1,76 @@
+"""Compressed entries spread over the blocks of a shared pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.quantization.storage import Storage, Stored
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["store", "layer", "tables"], meta_fields=["storage", "per_block"]
+)
+@dataclass(frozen=True)
+class Pages:
+    """The entries of one layer, spread over blocks: entry i of sequence b is `store[layer, tables[b, i // E], i % E]`.
+
+    Attributes:
+        store: stored entries of all layers of a stack, each array [layers, blocks, E, ..].
+        layer: which layer, int32 [].
+        tables: block numbers [B, N].
+        storage: their format.
+        per_block: E, entries per block.
+    """
+
+    store: Stored
+    layer: jax.Array
+    tables: jax.Array
+    storage: Storage
+    per_block: int
+
+    @property
+    def capacity(self) -> int:
+        """Entries that a sequence has room for."""
+        return self.tables.shape[1] * self.per_block
+
+    def columns_of(self, entries: int) -> int:
+        """Table columns of a tile of at most `entries` entries (at least one block)."""
+        return max(1, min(entries // self.per_block, self.tables.shape[1]))
+
+    def tiles_until(self, hi: jax.Array, columns: int) -> jax.Array:
+        """Tiles of `columns` columns that hold the first max(hi) entries."""
+        return -(-hi.max() // (columns * self.per_block))
+
+    def tile(self, number: jax.Array, columns: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """The entries of one tile: their numbers [n] and [B, n, K].
+
+        The last tile begins earlier than its number says when it would reach beyond the table.
+        """
+        start = jnp.minimum(number * columns, self.tables.shape[1] - columns)
+        blocks = jax.lax.dynamic_slice_in_dim(self.tables, start, columns, axis=1)
+        found = {name: x[self.layer, blocks] for name, x in self.store.items()}
+        entries = self.storage.decode(found, dtype)
+        index = start * self.per_block + jnp.arange(columns * self.per_block, dtype=jnp.int32)
+        return index, entries.reshape(entries.shape[0], -1, entries.shape[-1])
+
+    def read_entries(self, index: jax.Array, dtype: Any) -> jax.Array:
+        """Entries `index` [B, ..] of each sequence: [B, .., K]; negative indices read entry 0."""
+        index = jnp.maximum(index, 0)
+        flat = index.reshape(index.shape[0], -1)
+        blocks = jnp.take_along_axis(self.tables, flat // self.per_block, 1).reshape(index.shape)
+        found = {name: x[self.layer, blocks, index % self.per_block] for name, x in self.store.items()}
+        return self.storage.decode(found, dtype)
+
+    def write(self, index: jax.Array, entries: jax.Array) -> Pages:
+        """Entries [B, T, K] at places `index` [B, T] of each sequence; negative indices are not written."""
+        total = next(iter(self.store.values())).shape[1]
+        column = jnp.clip(index // self.per_block, 0, self.tables.shape[1] - 1)
+        blocks = jnp.where(index < 0, total, jnp.take_along_axis(self.tables, column, 1))
+        places = self.layer, blocks, index % self.per_block
+        encoded = self.storage.encode(entries)
+        return replace(self, store={k: x.at[places].set(encoded[k], mode="drop") for k, x in self.store.items()})

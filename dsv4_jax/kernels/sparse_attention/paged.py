@@ -1,0 +1,57 @@
+"""Attention over the pages of a cache: tiles of blocks up to the longest sequence, or only the chosen entries.
+
+No entry of a sequence is ever laid out whole, and the work grows with the tokens seen, not with the capacity. Forward
+only.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.kernels.chunks import chunk_length, join, split
+from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.sparse_attention.xla import Branch, attend_keys
+
+TILE = 1024  # entries that are decoded and attended together
+
+
+def range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) -> Branch:
+    """Query t of q [B, S, H, K] attends the entries i < hi_t of its sequence; hi [B, S]."""
+    batch, length, heads, _ = q.shape
+    columns = pages.columns_of(TILE)
+
+    def one(args: tuple[jax.Array, jax.Array]) -> Branch:
+        q, hi = args
+
+        def add_tile(i: jax.Array, seen: Branch) -> Branch:
+            index, keys = pages.tile(i, columns, q.dtype)
+            visible = (index >= i * columns * pages.per_block) & (index < hi[..., None])
+            return _join(seen, attend_keys(q, keys, visible, scale))
+
+        nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+        out, lse = jax.lax.fori_loop(0, pages.tiles_until(hi, columns), add_tile, nothing)
+        return out.astype(q.dtype), lse
+
+    chunk = chunk_length(length, batch * columns * pages.per_block * heads)
+    return join(jax.lax.map(one, split((q, hi), chunk)), length)
+
+
+def gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: float) -> Branch:
+    """Query t of q [B, S, H, K] attends the entries `indices[t]` of its sequence; [B, S, k], -1 is unused."""
+    batch, length, heads, width = q.shape
+
+    def one(args: tuple[jax.Array, jax.Array]) -> Branch:
+        q, choice = args
+        return attend_keys(q, pages.read_entries(choice, q.dtype), choice >= 0, scale)
+
+    chunk = chunk_length(length, batch * indices.shape[-1] * max(heads, width))
+    return join(jax.lax.map(one, (split(q, chunk), split(indices, chunk, fill=-1))), length)
+
+
+def _join(a: Branch, b: Branch) -> Branch:
+    """Two branches as one, in float32. One that saw nothing leaves the other's bits as they are."""
+    total = jnp.logaddexp(a[1], b[1])
+    finite = jnp.where(jnp.isfinite(total), total, 0.0)
+    parts = (jnp.exp(lse - finite)[..., None] * out.astype(jnp.float32) for out, lse in (a, b))
+    return sum(parts, start=jnp.zeros((), jnp.float32)), total

@@ -9,38 +9,32 @@ Needs the extra `reference`, unless --skip-hf. transformers takes minutes at 1x4
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
-import subprocess
-import sys
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.common import Result, machine, markdown, measure
+
 CASES = ("1x1024", "2x1024", "4x1024", "1x4096")
 COLUMNS = (
     "batch x length", "ours, tokens/s", "transformers, tokens/s", "ratio", "ours, peak MiB", "transformers, peak MiB",
     "ours, of matmul peak", "transformers, of matmul peak", "ours, compile s",
 )  # fmt: skip
-Result = dict[str, Any]
 
 
 def main() -> None:
     """Measure all cases and print a markdown table."""
     options = parse_options()
     sides = ("ours",) if options.skip_hf else ("ours", "transformers")
-    peaks = [measure(side="peak")]
+    peaks = [measure("train_sides", side="peak")]
     measured = {}
     for case in options.cases:
         batch, length = map(int, case.split("x"))
         shape = {"batch": batch, "length": length, "steps": options.steps, "unroll": options.unroll}
+        shape |= {"huge_pages": True} if options.huge_pages else {}
         measured[case] = batch * length, take_turns(sides, shape, options.rounds)
-    peaks.append(measure(side="peak"))
+    peaks.append(measure("train_sides", side="peak"))
     machine_peak = max(peak["flops_per_second"] for peak in peaks)
     rows = [row(case, *found, machine_peak) for case, found in measured.items()]
-    print("\n" + heading(machine_peak, sides, options.unroll) + "\n\n" + markdown(rows))
+    print("\n" + heading(machine_peak, sides, options.unroll) + "\n\n" + markdown(COLUMNS, rows))
 
 
 def parse_options() -> argparse.Namespace:
@@ -48,6 +42,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="BATCHxLENGTH")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of one turn (fewer when they take a minute)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side")
+    parser.add_argument(
+        "--huge-pages", action="store_true", help="give transformers the huge pages that our command gives itself"
+    )
     parser.add_argument("--skip-hf", action="store_true", help="measure our side only")
     parser.add_argument("--unroll", action="store_true", help="unroll our layer loop instead of scanning it")
     return parser.parse_args()
@@ -58,7 +55,7 @@ def take_turns(sides: tuple[str, ...], shape: dict[str, Any], rounds: int) -> di
     turns: dict[str, list[Result]] = {}
     for _ in range(rounds):
         for side in sides:
-            result = measure(side=side, **shape)
+            result = measure("train_sides", side=side, **shape)
             if not result:
                 continue
             turns.setdefault(side, []).append(result)
@@ -66,17 +63,6 @@ def take_turns(sides: tuple[str, ...], shape: dict[str, Any], rounds: int) -> di
     best = {side: min(results, key=lambda r: r["seconds"]) for side, results in turns.items()}
     most = {side: max(r["peak_mib"] for r in results) for side, results in turns.items()}
     return {side: result | {"peak_mib": most[side]} for side, result in best.items()}
-
-
-def measure(**request: Any) -> Result:
-    """One turn in its own process; empty, with a message, when it fails."""
-    command = [sys.executable, "-m", "tests.benchmarks.train_sides", json.dumps(request)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        reason = "killed, probably for want of memory" if done.returncode == -9 else done.stderr[-2000:]
-        print(f"{request} failed: {reason}", file=sys.stderr, flush=True)
-        return {}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe(result: Result) -> str:
@@ -106,26 +92,8 @@ def row(case: str, tokens: int, found: dict[str, Result], machine_peak: float) -
 
 def heading(machine_peak: float, sides: tuple[str, ...], unroll: bool) -> str:
     """When, where and with what it was measured."""
-    packages = ["jax", "jaxlib"] + (["torch", "transformers"] if "transformers" in sides else [])
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    return (
-        f"{datetime.date.today()}, {cpu_model()}, 2 threads, Python {platform.python_version()}, {versions}; "
-        f"float32 matrix product {machine_peak / 1e9:.0f} GFLOP/s; layer loop {'unrolled' if unroll else 'scanned'}."
-    )
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """Rows under `COLUMNS`."""
-    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1)), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    loop = "unrolled" if unroll else "scanned"
+    return f"{machine('transformers' in sides)}; float32 matrix product {machine_peak / 1e9:.0f} GFLOP/s; layer loop {loop}."
 
 
 if __name__ == "__main__":

@@ -6,23 +6,10 @@ after the process is confined to as many CPUs as it may have threads.
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-THREADS = 2
-SECONDS = 60.0  # of timed steps, after which no further step is started
-Result = dict[str, Any]
-
-
-def bench_model() -> dict[str, Any]:
-    """The 40M parameter model, in transformers' form."""
-    return json.loads(Path(__file__).with_name("bench_config.json").read_text(encoding="utf-8"))["model"]
+from tests.benchmarks.common import THREADS, Result, bench_model, best_of, serve
 
 
 def ours(batch: int, length: int, steps: int, unroll: bool) -> Result:
@@ -98,35 +85,7 @@ def peak() -> Result:
     return {"flops_per_second": max(by_numpy, measured_matmul_peak(jnp.float32, size=2048, seconds=3.0))}
 
 
-def best_of(step: Callable[[], Any], steps: int) -> Result:
-    """The fastest of `steps` after one warm-up: seconds, CPU seconds (the smallest), and the process's peak memory."""
-    walls, cpus = [], []
-    for i in range(steps + 1):
-        cpu, wall = time.process_time(), time.perf_counter()
-        step()
-        if i:
-            walls.append(time.perf_counter() - wall)
-            cpus.append(time.process_time() - cpu)
-        if sum(walls) > SECONDS:
-            break
-    return {"seconds": min(walls), "cpu_seconds": min(cpus), "peak_mib": peak_mib(), "steps": len(walls)}
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count what the parent had when it started us
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
 SIDES = {"ours": ours, "transformers": transformers, "peak": peak}
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-    request = json.loads(sys.argv[1])
-    print(json.dumps(SIDES[request.pop("side")](**request)))
+    serve(SIDES)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv4_jax import model as _model
 from dsv4_jax.config import DeepseekV4Config
@@ -16,7 +15,11 @@ from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
 from dsv4_jax.layers.kv_cache import Cache, init_cache
 from dsv4_jax.presets import preset
+from dsv4_jax.quantization.storage import FormatName
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from dsv4_jax.inference.generate import Engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +51,40 @@ class Model:
         """An empty cache for `batch` sequences of up to `capacity` tokens; see `layers.kv_cache.init_cache`."""
         return init_cache(self.config, batch, capacity, format, blocks)
 
+    def engine(self, **options: Any) -> Engine:
+        """What continues prompts of token ids, many at a time or as a stream; see `inference.generate.Engine`."""
+        from dsv4_jax.inference.generate import Engine
+
+        return Engine(self.config, self.params, self.tokenizer, **options)
+
     def generate(
-        self, prompt: str, max_new_tokens: int = 64, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        *,
+        cache_format: FormatName = "float32",
+        speculative: int = 0,
+        **options: Any,
     ) -> str:
         """The text that follows `prompt`, greedy by default.
+
+        Args:
+            prompt: text; the token that begins a document is put in front.
+            max_new_tokens: at most so many.
+            cache_format: "float32", "bfloat16" or "deployed".
+            speculative: tokens that the MTP module drafts per step, where the model has one.
+            options: of `inference.requests.GenerateOptions`: temperature, top_k, top_p, min_p, stop, seed, ...
 
         Raises:
             UserError: when no tokenizer came with the model, or the request does not fit it.
         """
-        from dsv4_jax.inference.sample import SampleOptions, sample
+        from dsv4_jax.inference.requests import GenerateOptions
 
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: load a folder that holds tokenizer.json")
-        ids = np.array([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], np.int32)
-        options = SampleOptions(max_new_tokens, temperature, top_p, self.tokenizer.eos_id)
-        return self.tokenizer.decode(sample(self.config, self.params, ids, jax.random.key(seed), options).tolist())
+        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+        engine = self.engine(cache_format=cache_format, speculative=speculative)
+        return engine.generate([ids], GenerateOptions(max_new_tokens, **options))[0][0].text
 
 
 def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:

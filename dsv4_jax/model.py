@@ -178,7 +178,7 @@ def forward(
         segment_ids: [B, S], documents as runs of equal ids in packed rows; 0 marks padding, which is not counted in the
             statistics. None: every row is one document. Padding is exact on either side.
         cache: what came before: the tokens go on from there (see `init_cache`), and `Output.cache` holds them too.
-        counts: with a cache, how many tokens of each row are real, [B]; the rest is padding behind them. All by default.
+        counts: with a cache, how many tokens of each row are real, [B]; the rest is padding behind them. Default: all.
         attention: "sparse" (the indexer chooses) or "dense" (all visible entries).
         dtype: compute dtype; the parameters' own by default. mHC, routing and compressor pooling stay float32.
         logits: also multiply the output matrix (a loss in chunks does that itself).
@@ -191,6 +191,8 @@ def forward(
         policy: rounding by tensor role.
     """
     options = Options(AttentionOptions(attention, index_loss, policy), record, keep_all, remat == "block", unroll)
+    if cache is not None and (mtp or index_loss or segment_ids is not None):
+        raise ValueError("a cache holds one document a row, has no index loss, and its MTP module runs by forward_mtp")
     batch = _describe(config, tokens, segment_ids, cache, counts)
     ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
 
@@ -204,8 +206,6 @@ def forward(
 
     mtp_hidden = None
     if mtp and config.mtp_layers:
-        if cache is not None:
-            raise ValueError("with a cache the MTP module runs apart: see forward_mtp")
         following = _next_in_document(x, segment_ids)
         with jax.named_scope("mtp"):
             mtp_hidden, mtp_record, _ = ends.mtp["0"](streams, following, batch, options)
@@ -292,7 +292,7 @@ def _describe(
         counted = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
         return Batch(tokens, counted, make_layout(config, rows, length, segment_ids))
     counts = jnp.full(rows, length, jnp.int32) if counts is None else counts
-    layout = make_cached_layout(config, length, Past(cache.lengths, counts))
+    layout = make_cached_layout(config, length, Past(cache.lengths, counts, cache.sealed))
     return Batch(tokens, jnp.arange(length) < counts[:, None], layout)
 
 
@@ -325,12 +325,39 @@ def _run_segment(
         return (streams, new_pools if cache else None), (records, new_states if cache else None)
 
     body = jax.checkpoint(unit) if options.remat else unit
-    stacked = (params, states, jnp.arange(segment.repeats, dtype=jnp.int32))
-    (streams, pools), (stacked, states) = jax.lax.scan(body, (streams, pools), stacked, unroll=options.unroll)
+    if isinstance(params, list):
+        (streams, pools), (stacked, states) = _loop(body, (streams, pools), params, states)
+    else:
+        xs = (params, states, jnp.arange(segment.repeats, dtype=jnp.int32))
+        (streams, pools), (stacked, states) = jax.lax.scan(body, (streams, pools), xs, unroll=options.unroll)
     if cache is not None:
         cache = replace(cache, states=cache.states | states, pools=cache.pools | pools)
     take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
     return streams, [take(record, i) for i in range(segment.repeats) for record in stacked], cache
+
+
+def _loop(body: Any, carry: Any, params: list[Params], states: Any) -> tuple[Any, Any]:
+    """What `lax.scan` does, over parameters that lie apart: no layer's weights are ever sliced out of a stack."""
+    outputs = []
+    for layer, own in enumerate(params):
+        state = jax.tree.map(lambda x, layer=layer: x[layer], states)
+        carry, output = body(carry, (own, state, jnp.int32(layer)))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with every layer's arrays apart: each segment becomes a list of units.
+
+    `forward` takes either form. Stacked ones are scanned, which compiles once per unit but copies every layer's weights
+    out of the stack where the backend cannot read them in place. Decoding one token reads each weight once, so there
+    the copy doubles the traffic; apart, a depth of L compiles L times as long.
+    """
+    apart = {}
+    for number, segment in params["segments"].items():
+        repeats = len(jax.tree.leaves(segment)[0])
+        apart[number] = [jax.tree.map(lambda x, layer=layer: x[layer], segment) for layer in range(repeats)]
+    return params | {"segments": apart}
 
 
 def init(config: DeepseekV4Config, key: jax.Array) -> Params:

@@ -1,7 +1,11 @@
 """Compile-only bounds: memory of a CSA block at long context, and the size of the programs of deep stacks."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +98,31 @@ def test_a_61_layer_plan_is_hardly_a_larger_program_than_a_9_layer_one():
     assert [len(segment.unit) for segment in nine.segments] == [len(segment.unit) for segment in sixty_one.segments]
     # Only taking the layers' records apart grows with depth; compile time follows the size.
     assert program_size(sixty_one) < 1.1 * program_size(nine)
+
+
+TRAINS_AT_LENGTH = """
+import resource, sys
+import jax, jax.numpy as jnp
+from test_memory import CSA_BLOCK, compiled_training
+from dsv4_jax import model
+length = int(sys.argv[1])
+params = jax.jit(lambda key: model.init(CSA_BLOCK, key))(jax.random.key(0))
+tokens = jax.random.randint(jax.random.key(1), (1, length), 0, CSA_BLOCK.vocab_size)
+step = compiled_training(CSA_BLOCK, length, attention="sparse", index_loss=True)
+gradients = jax.block_until_ready(step(params, tokens))
+finite = all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients) if g.dtype == jnp.float32)
+high_water = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(finite, int(high_water.split()[1]) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the high-water mark of a Linux process")
+def test_mistake_18_65536_tokens_are_really_trained_on_within_8_gib():
+    """The compiled bound of the tests above, held by a process of its own from start to end."""
+    command = [sys.executable, "-c", TRAINS_AT_LENGTH, "65536"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    finite, high_water = done.stdout.split()
+    assert finite == "True" and int(high_water) < 8 * GIB

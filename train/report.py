@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from dsv4_jax.inference.sample import SampleOptions, sample
+from dsv4_jax.inference.generate import generate
+from dsv4_jax.inference.requests import GenerateOptions
 from train.data.pipeline import xz_bits_per_byte
 from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore
@@ -61,9 +62,9 @@ def heldout_sample(run: Run, store: TokenStore, params: Any) -> tuple[str, str]:
     """The beginning of a held-out document, and how the model goes on, as text."""
     document = store.document(int(store.heldout_documents[0]))[:PROMPT_TOKENS]
     room = min(SAMPLE_TOKENS, run.config.max_position_embeddings - len(document))
-    options = SampleOptions(room, 0.8, 0.95, store.tokenizer.eos_id, store.tokenizer.vocab_size)
-    ids = sample(run.config, params, document.astype(np.int32), jax.random.key(run.recipe.seed), options)
-    return store.tokenizer.decode(document[1:].tolist()), store.tokenizer.decode(ids.tolist())
+    options = GenerateOptions(room, temperature=0.8, top_p=0.95, seed=run.recipe.seed % 2**32)
+    [[found]] = generate(run.config, params, [document.astype(np.int32)], options, tokenizer=store.tokenizer)
+    return store.tokenizer.decode(document[1:].tolist()), found.text
 
 
 def describe(run: Run, summary: dict[str, Any]) -> str:
@@ -89,7 +90,7 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
     lines += ["", f"time: {total:.0f} s in this session ({parts})"]
     lines.append(f"in {run.folder.root}: curves.png, retrieval.png, summary.json, metrics.jsonl, checkpoints/")
-    return "\n".join([*lines, f"go on with: dsv4 sample {run.folder.root} --prompt 'def main():'"])
+    return "\n".join([*lines, f"go on with: dsv4 generate {run.folder.root} --prompt 'def main():'"])
 
 
 def _edges(task: RecallTask, length: int) -> list[int]:

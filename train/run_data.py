@@ -50,13 +50,14 @@ def check_recall(recipe: Recipe, store: TokenStore) -> None:
             raise RecipeError(f"the recall task does not fit stage {stage.name!r}: {error}") from error
 
 
-SHUFFLE_ROWS = 1024
-"""Rows that are shuffled together: hundreds of documents, and little text lost when a stage ends within a stretch."""
+SHUFFLE_ROWS = 1 << 16
+"""Rows shuffled together, at most: a small corpus whole, a large one in stretches of thousands of documents."""
 
 
 def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
     """The batches of every stage; each begins in the text where the one before it ended."""
     data, configs, start = recipe.data, [], 0
+    tokens = int(store.lengths[store.train_documents].sum())
     for stage in recipe.stages:
         configs.append(
             BatchConfig(
@@ -68,7 +69,7 @@ def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
                 recall=recall_task(recipe) if data.recall_share else None,
                 mixture=data.recall_share,
                 start=start,
-                shuffle_rows=SHUFFLE_ROWS,
+                shuffle_rows=min(SHUFFLE_ROWS, max(1, tokens // stage.sequence_length)),
             )
         )
         start = Rows(store, configs[-1]).offset(stage.steps * stage.batch_size)

@@ -17,13 +17,16 @@ COMMANDS = {  # name: module, what it does
         "layer plan, exact parameter counts and cache size of a preset, config.json or folder",
     ),
     "train": ("dsv4_jax.cli.train", "train a model by a recipe, or resume an interrupted run"),
-    "sample": ("dsv4_jax.cli.sample", "continue a text with a trained checkpoint"),
+    "generate": ("dsv4_jax.cli.generate", "continue a text with a checkpoint, as it comes"),
+    "chat": ("dsv4_jax.cli.chat", "talk with a checkpoint in the release's prompt format"),
+    "sample": ("dsv4_jax.cli.generate", "the same as generate"),
     "convert": ("dsv4_jax.cli.convert", "write a checkpoint in another naming scheme or format, or list its tensors"),
 }
 EXAMPLES = """  dsv4 info v4-pro
   dsv4 info path/to/model-folder
   dsv4 train nano
-  dsv4 sample runs/nano --prompt 'def main():'
+  dsv4 generate runs/nano --prompt 'def main():'
+  dsv4 chat runs/nano --system 'Be brief.'
   dsv4 convert runs/nano exported --scheme transformers"""
 
 

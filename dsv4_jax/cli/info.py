@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv4_jax.analysis import count
+from dsv4_jax.analysis.memory import CachePlan, cache_plan
 from dsv4_jax.config import ConfigError, DeepseekV4Config
 from dsv4_jax.config_json import config_from_json
 from dsv4_jax.presets import PRESETS, article_plan, preset
@@ -21,6 +22,7 @@ DESCRIPTION = """Print the layer plan, exact total and activated parameters per 
 Examples:
   dsv4 info v4-pro
   dsv4 info nano --csa-per-hca 3
+  dsv4 info v4-pro --context 1048576 --agents 10
   dsv4 info path/to/config.json
   dsv4 info path/to/model-folder"""
 
@@ -33,6 +35,10 @@ class Info:
     """A preset (v4-pro, v4-flash, nano, mini, small), a config.json, or a folder that holds one."""
     csa_per_hca: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Show the article's layer plan with this many CSA layers per HCA layer instead of the model's own."""
+    context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Also show what the cache of a document of this many tokens weighs, in the deployed format."""
+    agents: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")] = (1, 10, 100)
+    """With --context: numbers of agents that share the document."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,6 +48,10 @@ def main(arguments: Sequence[str]) -> None:
     if asked.csa_per_hca is not None:
         config = article_plan(config, asked.csa_per_hca)
     show(asked.model, config, Console())
+    if asked.context is not None:
+        if asked.context < 1 or min(asked.agents, default=1) < 1:
+            raise ConfigError("--context and --agents are numbers from 1 on")
+        Console().print(agents_table(cache_plan(config), asked.context, asked.agents))
 
 
 def find_config(model: str) -> DeepseekV4Config:
@@ -105,6 +115,29 @@ def parameter_table(config: DeepseekV4Config) -> Table:
         table.add_row("main stack", short(total - mtp), short(activated))
     table.add_row("[bold]all", f"[bold]{total:,}", f"[bold]{activated:,}")
     return table
+
+
+def agents_table(plan: CachePlan, tokens: int, agents: Sequence[int]) -> Table:
+    """What agents over one document weigh together, against a copy of the document for each."""
+    title = (
+        f"a document of {tokens:,} tokens: {weight(plan.blocks(tokens) * plan.block)} of blocks once, "
+        f"{weight(plan.state)} of state per agent ({weight(plan.windows)} windows, {weight(plan.tails)} tails)"
+    )
+    table = Table("agents", title=title, title_justify="left")
+    for name in ("sharing it", "with private copies", "ratio"):
+        table.add_column(name, justify="right")
+    for count_ in agents:
+        shared, private = plan.shared(tokens, count_), count_ * plan.sequence(tokens)
+        table.add_row(str(count_), weight(shared), weight(private), f"{private / shared:.1f}")
+    return table
+
+
+def weight(size: int) -> str:
+    """Bytes in decimal units: 5.27 GB, 23.3 MB."""
+    return next(
+        (f"{size / unit:.3g} {name}" for name, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if size >= unit),
+        f"{size:,} bytes",
+    )
 
 
 def short(number: int) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config, LayerSpec
-from dsv4_jax.kernels.indexer_topk import IndexOperands, index_loss, index_topk
+from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands, index_loss, index_topk
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention import gather_attention, merge, range_attention, window_attention
 from dsv4_jax.layers.compressor import Compressor
@@ -96,15 +96,13 @@ class Attention(nnx.Module):
             else:
                 branches.append(gather_attention(q, entries, choice, scale))
         out, lse = merge(branches, self.attn_sink[...])
-        if options.index_loss and operands is not None:
+        if options.index_loss and isinstance(operands, IndexOperands) and not isinstance(entries, Pages):
             compared = jnp.stack([blocks.lo, blocks.hi], -1) if choice is None else choice
             k = c.index_topk if choice is None else 0
             record["index_loss"] = index_loss(operands, q, entries, lse, compared, scale, k)
         return self._project(out, head_rope), record, past
 
-    def _remember(
-        self, kv: jax.Array, layout: Layout, past: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def _remember(self, kv: jax.Array, layout: Layout, past: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """Without a cache kv [B, S, K] itself; else the window before it and kv, as stored: [B, W + S, K]."""
         if past is None or layout.past is None:
             return kv, None
@@ -131,12 +129,13 @@ class Attention(nnx.Module):
         options: AttentionOptions,
         past: LayerCache | None,
         record: dict[str, Any],
-    ) -> tuple[jax.Array | None, IndexOperands | None, LayerCache | None]:
+    ) -> tuple[jax.Array | None, IndexOperands | PagedOperands | None, LayerCache | None]:
         """The chosen entries [B, S, k], or None when all visible ones are attended; index operands; the cache."""
         if self.spec.attention != CSA:
             return None, None, past
         # Rows with no more entries than top-k attend them all: choosing would only reorder them.
-        count = blocks.starts_document.shape[1] if past is None else past.index_pages.capacity
+        pages = past.index_pages if past is not None else None
+        count = pages.capacity if pages is not None else blocks.starts_document.shape[1]
         sparse = options.mode == "sparse" and count > self.config.index_topk
         if past is None and not sparse and not options.index_loss:
             return None, None, past

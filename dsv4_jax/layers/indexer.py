@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
-from dsv4_jax.kernels.indexer_topk import IndexOperands
+from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands
 from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Blocks
@@ -37,11 +37,12 @@ class Indexer(nnx.Module):
         """
         x, qr = jax.lax.stop_gradient((x, qr))
         queries, weights = self._queries(x, qr, rope)
-        return IndexOperands(policy("index_q", queries), policy("index_k", hadamard(self.compressor(x, blocks))), weights)
+        keys = hadamard(self.compressor(x, blocks))
+        return IndexOperands(policy("index_q", queries), policy("index_k", keys), weights)
 
     def extend(
         self, x: jax.Array, qr: jax.Array, rope: Rotation, blocks: Blocks, policy: Policy, past: LayerCache
-    ) -> tuple[IndexOperands, LayerCache]:
+    ) -> tuple[PagedOperands, LayerCache]:
         """The same with a cache: the keys are all of the sequence's, new ones included."""
         assert past.index_tail is not None and past.index_pages is not None and blocks.places is not None
         queries, weights = self._queries(x, qr, rope)
@@ -50,7 +51,7 @@ class Indexer(nnx.Module):
         pages = past.index_pages.write(blocks.places, policy("index_k", hadamard(keys)))
         # Queries are rounded as keys are: a score is a product of two FP4 vectors in the deployed format.
         queries = storage.decode(storage.encode(policy("index_q", queries)), queries.dtype)
-        return IndexOperands(queries, pages, weights), past._replace(index_tail=tail, index_pages=pages)
+        return PagedOperands(queries, pages, weights), past._replace(index_tail=tail, index_pages=pages)
 
     def _queries(self, x: jax.Array, qr: jax.Array, rope: Rotation) -> tuple[jax.Array, jax.Array]:
         """Queries [B, S, Hi, di] and head weights [B, S, Hi], scales included."""

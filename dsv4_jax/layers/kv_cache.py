@@ -1,8 +1,8 @@
 """The compressed key-value cache as data: a fixed state per sequence and pages of a shared block pool (report 3.6.1).
 
-A block holds what `block_tokens` tokens leave behind in every layer: CSA entries, indexer keys, HCA entries. A sequence
-is a row of block numbers, so sequences can share blocks. Everything here is a pytree; nothing is changed in place except
-by XLA, where the caller donates the cache.
+A block holds what `block_tokens` tokens leave behind in every layer: CSA entries, indexer keys, HCA entries. A
+sequence is a row of block numbers, so sequences can share blocks. Everything here is a pytree; nothing is changed in
+place except by XLA, where the caller donates the cache.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LayerCache(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["lengths", "tables", "states", "pools"],
+    data_fields=["lengths", "tables", "states", "pools", "sealed"],
     meta_fields=["format", "block_tokens"],
 )
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Cache:
         pools: shared blocks by stack, arrays [layers, blocks, E, ..].
         format: how entries are stored.
         block_tokens: tokens per block, the least common multiple of the compression ratios.
+        sealed: tokens [B], whole blocks, whose entries the pool holds already: forwards over them read those and write
+            none, which brings back a state that was not kept. None: nothing is sealed.
 
     Stacks are named as parameters are: "0/1" is position 1 of segment 0's unit; "mtp" is the MTP block.
     """
@@ -79,6 +81,7 @@ class Cache:
     pools: dict[str, dict[str, Stored]]
     format: CacheFormat
     block_tokens: int
+    sealed: jax.Array | None = None
 
     @property
     def batch(self) -> int:
@@ -114,7 +117,8 @@ def trim(config: DeepseekV4Config, spec: LayerSpec, state: dict[str, Any], past:
     kept = {"window": jax.tree.map(partial(_take_rows, index=window), state["window"])}
     if tails := {name: tail for name, tail in state.items() if name != "window"}:
         tokens = (after // spec.ratio - overlap)[:, None] * spec.ratio + jnp.arange((1 + overlap) * spec.ratio)
-        rows = tail_row(tokens, spec.ratio, overlap, past.lengths)  # tokens that are still to come take any row
+        # Rows of tokens that are still to come repeat the last one, so that a state never depends on padding.
+        rows = tail_row(jnp.minimum(tokens, after[:, None] - 1), spec.ratio, overlap, past.lengths)
         kept |= jax.tree.map(partial(_take_rows, index=rows), tails)
     return kept
 
@@ -179,7 +183,9 @@ def stacks(config: DeepseekV4Config) -> dict[str, LayerSpec]:
     return named | ({"mtp": config.mtp_layers[0]} if config.mtp_layers else {})
 
 
-def _empty_state(config: DeepseekV4Config, spec: LayerSpec, layers: int, batch: int, form: CacheFormat) -> dict[str, Any]:
+def _empty_state(
+    config: DeepseekV4Config, spec: LayerSpec, layers: int, batch: int, form: CacheFormat
+) -> dict[str, Any]:
     """The states of a stack of fresh sequences."""
     state: dict[str, Any] = {"window": form.entry.zeros((layers, batch, config.sliding_window))}
     if spec.attention != SLIDING:

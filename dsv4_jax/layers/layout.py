@@ -45,10 +45,14 @@ class Blocks(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What came before the tokens of a forward: lengths [B] seen so far, counts [B] of the new ones that are real."""
+    """What came before the tokens of a forward: lengths [B] seen so far, counts [B] of the new ones that are real.
+
+    sealed: [B] tokens, whole blocks, whose entries exist already and are not made anew; None for none.
+    """
 
     lengths: jax.Array
     counts: jax.Array
+    sealed: jax.Array | None = None
 
 
 class Layout(NamedTuple):
@@ -100,7 +104,8 @@ def _growing_blocks(positions: jax.Array, ratio: int, overlap: bool, past: Past,
     tokens = entry[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)
     rows = tail_row(tokens.reshape(len(entry), -1), ratio, overlap, past.lengths).reshape(tokens.shape)
     complete = (entry + 1) * ratio <= (past.lengths + past.counts)[:, None]
-    places = jnp.where(complete & (entry >= past.lengths[:, None] // ratio), entry, -1)
+    known = past.lengths if past.sealed is None else jnp.maximum(past.lengths, past.sealed)
+    places = jnp.where(complete & (entry >= known[:, None] // ratio), entry, -1)
     hi = (positions + 1) // ratio
     return Blocks(rows, entry == 0, rotation(entry * ratio, freqs), jnp.zeros_like(hi), hi, places)
 

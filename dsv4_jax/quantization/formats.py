@@ -190,12 +190,16 @@ def _scaled(x: Array, scales: Array, tile: tuple[int, int], start: tuple[int, in
 
 def _expand(scales: Array, shape: tuple[int, ...], tile: tuple[int, int], start: tuple[int, int]) -> Array:
     """Scales of the tiles, one per element of `shape`, whose first element lies at `start` in the first tile."""
-    columns = (np.arange(shape[-1]) + start[1]) // tile[1]
-    xp = _module(scales)
-    scales = xp.take(scales, columns, axis=-1)
+    scales = _repeat(scales, tile[1], -1, start[1], shape[-1])
     if tile[0] == 1 or len(shape) == 1:
         return scales
-    return xp.take(scales, (np.arange(shape[-2]) + start[0]) // tile[0], axis=-2)
+    return _repeat(scales, tile[0], -2, start[0], shape[-2])
+
+
+def _repeat(scales: Array, times: int, axis: int, start: int, length: int) -> Array:
+    """Elements start .. start + length of `scales` repeated along an axis; repeating is far cheaper than indexing."""
+    repeated = _module(scales).repeat(scales, times, axis=axis)
+    return repeated[(..., slice(start, start + length), *(slice(None),) * (-1 - axis))]
 
 
 def _power_of_two(power: Array) -> Array:

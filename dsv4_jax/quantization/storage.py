@@ -1,4 +1,8 @@
-"""How the cache stores its entries: plain floats, or the deployed FP8 and FP4 formats, packed (report 3.6.1)."""
+"""How the cache stores its entries: plain floats, or the deployed FP8 and FP4 formats, packed (report 3.6.1).
+
+Floats narrower than 32 bits are stored as the unsigned integers of their bits. XLA's CPU compiler has no scatter for
+narrow floats: it would convert the whole pool to wide ones and back at every write.
+"""
 
 from __future__ import annotations
 
@@ -53,15 +57,15 @@ class Plain:
 
     def zeros(self, shape: tuple[int, ...]) -> Stored:
         """See `Storage`."""
-        return {"values": jnp.zeros((*shape, self.width), self.dtype)}
+        return {"values": jnp.zeros((*shape, self.width), _stored(self.dtype))}
 
     def encode(self, x: jax.Array) -> Stored:
         """See `Storage`."""
-        return {"values": x.astype(self.dtype)}
+        return {"values": _bits(x.astype(self.dtype))}
 
     def decode(self, stored: Stored, dtype: Any) -> jax.Array:
         """See `Storage`."""
-        return stored["values"].astype(dtype)
+        return stored["values"].view(self.dtype).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -75,21 +79,22 @@ class Fp8WithRope:
         """See `Storage`."""
         plain = self.width - self.rope
         return {
-            "values": jnp.zeros((*shape, plain), FP8),
-            "scales": jnp.zeros((*shape, -(-plain // FP8_BLOCK)), jnp.uint8).view(SCALE),
-            "rope": jnp.zeros((*shape, self.rope), jnp.bfloat16),
+            "values": jnp.zeros((*shape, plain), jnp.uint8),
+            "scales": jnp.zeros((*shape, -(-plain // FP8_BLOCK)), jnp.uint8),
+            "rope": jnp.zeros((*shape, self.rope), jnp.uint16),
         }
 
     def encode(self, x: jax.Array) -> Stored:
         """See `Storage`."""
         plain = self.width - self.rope
         values, scales = quantise_fp8(x[..., :plain], FP8_BLOCK)
-        return {"values": values, "scales": scales, "rope": x[..., plain:].astype(jnp.bfloat16)}
+        rope = x[..., plain:].astype(jnp.bfloat16)
+        return {"values": _bits(values), "scales": _bits(scales), "rope": _bits(rope)}
 
     def decode(self, stored: Stored, dtype: Any) -> jax.Array:
         """See `Storage`."""
-        plain = dequantise_fp8(stored["values"], stored["scales"], FP8_BLOCK, dtype)
-        return jnp.concatenate([plain, stored["rope"].astype(dtype)], axis=-1)
+        plain = dequantise_fp8(stored["values"].view(FP8), stored["scales"].view(SCALE), FP8_BLOCK, dtype)
+        return jnp.concatenate([plain, stored["rope"].view(jnp.bfloat16).astype(dtype)], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,17 @@ class Fp4:
 
     def zeros(self, shape: tuple[int, ...]) -> Stored:
         """See `Storage`."""
-        scales = jnp.zeros((*shape, -(-self.width // FP4_BLOCK)), jnp.uint8).view(SCALE)
+        scales = jnp.zeros((*shape, -(-self.width // FP4_BLOCK)), jnp.uint8)
         return {"packed": jnp.zeros((*shape, self.width // 2), jnp.uint8), "scales": scales}
 
     def encode(self, x: jax.Array) -> Stored:
         """See `Storage`."""
         packed, scales = quantise_fp4(x)
-        return {"packed": packed, "scales": scales}
+        return {"packed": packed, "scales": _bits(scales)}
 
     def decode(self, stored: Stored, dtype: Any) -> jax.Array:
         """See `Storage`."""
-        return dequantise_fp4(stored["packed"], stored["scales"], dtype=dtype)
+        return dequantise_fp4(stored["packed"], stored["scales"].view(SCALE), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -144,3 +149,12 @@ def cache_format(config: DeepseekV4Config, name: str = "float32") -> CacheFormat
             f"has head_dim {width}, qk_rope_head_dim {config.qk_rope_head_dim} and index_head_dim {index}"
         )
     return CacheFormat(name, Fp8WithRope(width, config.qk_rope_head_dim), Fp4(index))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """x as it is stored: floats of 8 or 16 bits as unsigned integers."""
+    return x.view(_stored(x.dtype))
+
+
+def _stored(dtype: Any) -> Any:
+    return {1: jnp.uint8, 2: jnp.uint16}.get(jnp.dtype(dtype).itemsize, dtype)

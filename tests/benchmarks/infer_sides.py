@@ -21,7 +21,7 @@ def ours(kind: str, batch: int, length: int, steps: int) -> Result:
 
     jax.config.update("jax_enable_compilation_cache", False)
     config = config_from_json(bench_model() | {"num_nextn_predict_layers": 0})
-    params = jax.jit(lambda key: model.init(config, key))(jax.random.key(0))
+    params = jax.jit(lambda key: model.unstack(model.init(config, key)))(jax.random.key(0))
 
     def one(params: Any, tokens: Any, cache: Any) -> tuple[Any, Any]:
         out = model.forward(config, params, tokens, cache=cache, logits=False)
@@ -64,7 +64,7 @@ def idle_expert_bytes(config: Any, params: Any, batch: int) -> float:
     used = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
     experts = 0
     for segment in params["segments"].values():
-        for block in segment.values():
+        for block in (block for unit in segment for block in unit.values()):
             experts += sum(x.nbytes for x in jax.tree.leaves(block["ffn"]["experts"]))
     return experts * (1 - used) + params["embed"].nbytes * (1 - batch / config.vocab_size)
 

@@ -93,7 +93,8 @@ def row(case: str, tokens: int, found: dict[str, Result], machine_peak: float) -
 def heading(machine_peak: float, sides: tuple[str, ...], unroll: bool) -> str:
     """When, where and with what it was measured."""
     loop = "unrolled" if unroll else "scanned"
-    return f"{machine('transformers' in sides)}; float32 matrix product {machine_peak / 1e9:.0f} GFLOP/s; layer loop {loop}."
+    where = machine("transformers" in sides)
+    return f"{where}; float32 matrix product {machine_peak / 1e9:.0f} GFLOP/s; layer loop {loop}."
 
 
 if __name__ == "__main__":

@@ -20,6 +20,16 @@ def test_info_shows_the_articles_plan_on_request(capsys):
     assert "10 x (CSA/4, CSA/4, HCA/128)" in capsys.readouterr().out
 
 
+def test_info_says_what_agents_over_one_document_weigh(capsys):
+    assert main(["info", "v4-pro", "--context", "1048576", "--agents", "10", "100"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    # 643,033 bytes per block of 128 tokens, 8,192 of them; 4.6 MB of windows and 18.7 MB of tails.
+    assert "5.27 GB of blocks once, 23.3 MB of state per agent" in out
+    assert "5.5 GB" in out and "52.9 GB" in out and "7.6 GB" in out and "529 GB" in out
+    assert main(["info", "v4-pro", "--context", "0"]) == 2
+    assert "numbers from 1 on" in capsys.readouterr().err
+
+
 def test_help_lists_commands_and_examples(capsys):
     assert main(["--help"]) == 0
     assert "dsv4 info v4-pro" in capsys.readouterr().out

@@ -7,6 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.kernels.pages import Pages
+
+
+class PagedOperands(NamedTuple):
+    """The operands with a cache: queries [B, S, Hi, di], the pages of all keys, weights [B, S, Hi]."""
+
+    queries: jax.Array
+    pages: Pages
+    weights: jax.Array
+
 
 class IndexOperands(NamedTuple):
     """queries [B, S, Hi, di], keys [B, T, di], weights [B, S, Hi] (scales included, float32)."""

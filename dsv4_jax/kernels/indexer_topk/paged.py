@@ -11,13 +11,13 @@ from dsv4_jax.kernels.indexer_topk.xla import KEY_TILE, keep_best
 from dsv4_jax.kernels.pages import Pages
 
 
-def index_topk(queries: jax.Array, weights: jax.Array, pages: Pages, hi: jax.Array, k: int) -> jax.Array:
+def index_topk(queries: jax.Array, pages: Pages, weights: jax.Array, hi: jax.Array, k: int) -> jax.Array:
     """The best entries i < hi_t of each query's own sequence: int32 [B, S, k], -1 where fewer are visible.
 
     Args:
         queries: [B, S, Hi, di].
-        weights: of the heads, [B, S, Hi].
         pages: the indexer keys.
+        weights: of the heads, [B, S, Hi].
         hi: one past the last visible entry, [B, S].
         k: how many to choose, at most the pages' capacity.
     """

@@ -1,0 +1,73 @@
+"""What commands that make text have in common: which model, and how it chooses."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from dsv4_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv4_jax.inference.generate import Engine
+    from dsv4_jax.inference.requests import GenerateOptions
+    from dsv4_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """The model, its cache and its choices."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A run folder of `dsv4 train`, its `checkpoints` folder, or a folder of config.json and safetensors."""
+    max_new_tokens: int = 64
+    """At most so many tokens."""
+    temperature: float = 0.8
+    """Of the softmax; 0 always takes the most likely token."""
+    top_p: float = 0.95
+    """Choose from the smallest set of tokens that holds this much probability."""
+    top_k: int = 0
+    """Choose among so many most likely tokens; 0 for all."""
+    min_p: float = 0.0
+    """Leave out tokens less than this share as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred before less likely."""
+    seed: int | None = None
+    """Of the choices; by default another one every time."""
+    speculative: int = 0
+    """Tokens that the multi-token-prediction module drafts per step; 0 for none."""
+    cache_format: Literal["float32", "bfloat16", "deployed"] = "float32"
+    """How the cache is stored; deployed is FP8, with FP4 indexer keys."""
+    step: int | None = None
+    """Of a run: the checkpoint of this step; the newest good one by default."""
+    tokenizer: str | None = None
+    """bytes, deepseek, or a tokenizer.json; what lies beside the checkpoint by default."""
+
+    def options(self, **more: Any) -> GenerateOptions:
+        """What to ask the engine for; `more` replaces or adds."""
+        from dsv4_jax.inference.requests import GenerateOptions
+
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+        return GenerateOptions(**{name: getattr(self, name) for name in names} | more)
+
+    def open(self) -> tuple[Engine, Tokenizer]:
+        """Load the model, with compiled programs kept for the next start.
+
+        Raises:
+            UserError: when there is no such model, or no tokenizer for it.
+        """
+        for talkative in ("absl", "jax"):
+            logging.getLogger(talkative).setLevel(logging.WARNING)
+        from dsv4_jax.api import load
+        from dsv4_jax.inference.generate import Engine
+        from dsv4_jax.tokenizer import load_tokenizer
+        from train.loop import use_compilation_cache
+
+        use_compilation_cache()
+        model = load(self.checkpoint, step=self.step)
+        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else model.tokenizer
+        if tokenizer is None:
+            raise UserError(f"there is no tokenizer.json in {self.checkpoint}: name one with --tokenizer")
+        return Engine(model.config, model.params, tokenizer, self.cache_format, self.speculative), tokenizer

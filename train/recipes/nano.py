@@ -16,11 +16,11 @@ RECIPE = Recipe(
     data=DataChoice(corpus="python", tokenizer="bpe", recall_share=0.05, recall_pairs=4, recall_distance=128),
     stages=(
         Stage("dense", "dense", steps=480, sequence_length=256, batch_size=8),
-        Stage("indexer", "indexer_warmup", steps=10, sequence_length=1024, batch_size=2),
-        Stage("sparse", "sparse", steps=250, sequence_length=1024, batch_size=2),
+        Stage("indexer", "indexer_warmup", steps=10, sequence_length=512, batch_size=4),
+        Stage("sparse", "sparse", steps=250, sequence_length=512, batch_size=4),
     ),
     optimizer=OptimizerConfig(clip_norm=1.0),
     learning_rate=LearningRate(peak=8e-3, floor=3e-4, warmup_steps=10, decay_start=0.4),
     losses=LossWeights(bias_speed=0.02),
-    cadence=Cadence(checkpoint_every=200, eval_every=0, eval_documents=4, eval_batch_size=4, recall_rows=16),
+    cadence=Cadence(checkpoint_every=200, eval_every=0, eval_documents=4, eval_batch_size=8, recall_rows=16),
 )

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     if asked.context is not None:
         if asked.context < 1 or min(asked.agents, default=1) < 1:
             raise ConfigError("--context and --agents are numbers from 1 on")
-        Console().print(agents_table(cache_plan(config), asked.context, asked.agents))
+        show_agents(cache_plan(config), asked.context, asked.agents, Console())
 
 
 def find_config(model: str) -> DeepseekV4Config:
@@ -117,19 +117,20 @@ def parameter_table(config: DeepseekV4Config) -> Table:
     return table
 
 
-def agents_table(plan: CachePlan, tokens: int, agents: Sequence[int]) -> Table:
-    """What agents over one document weigh together, against a copy of the document for each."""
-    title = (
+def show_agents(plan: CachePlan, tokens: int, agents: Sequence[int], console: Console) -> None:
+    """Print what agents over one document weigh together, against a copy of the document for each."""
+    console.print(
         f"a document of {tokens:,} tokens: {weight(plan.blocks(tokens) * plan.block)} of blocks once, "
-        f"{weight(plan.state)} of state per agent ({weight(plan.windows)} windows, {weight(plan.tails)} tails)"
+        f"{weight(plan.state)} of state per agent ({weight(plan.windows)} windows, {weight(plan.tails)} tails)",
+        highlight=False,
     )
-    table = Table("agents", title=title, title_justify="left")
+    table = Table("agents")
     for name in ("sharing it", "with private copies", "ratio"):
         table.add_column(name, justify="right")
-    for count_ in agents:
-        shared, private = plan.shared(tokens, count_), count_ * plan.sequence(tokens)
-        table.add_row(str(count_), weight(shared), weight(private), f"{private / shared:.1f}")
-    return table
+    for number in agents:
+        shared, private = plan.shared(tokens, number), number * plan.sequence(tokens)
+        table.add_row(str(number), weight(shared), weight(private), f"{private / shared:.1f}")
+    console.print(table)
 
 
 def weight(size: int) -> str:

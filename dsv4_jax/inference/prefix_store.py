@@ -32,6 +32,7 @@ from dsv4_jax import model
 from dsv4_jax.config import CSA, DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.inference.block_pool import BlockPool
+from dsv4_jax.layers.kv_cache import stacks
 
 Windows = Literal["full", "none"] | int
 FILL = 8  # blocks that are read or written at once
@@ -148,7 +149,7 @@ class PrefixStore:
         """Store the state of one row after the block `key`, unless it is there."""
         path = self._path(key, "state")
         if not path.exists():
-            self._write(path, self.identity(pool), jax.device_get(states()))
+            self._write(path, self.identity(pool), jax.device_get(_between_blocks(pool.config, states())))
 
     def evict(self, keys: list[str]) -> None:
         """Mark `keys` as used now and shrink the folder to its limit, what was used longest ago first."""
@@ -175,13 +176,13 @@ class PrefixStore:
 
     def _state(self, pool: BlockPool, keys: list[str], empty: Any, ignored: list[str]) -> tuple[int, Any]:
         """Where to go on, and the state there, or None where windows need not reach back further."""
-        size = pool.block_tokens
+        size, template = pool.block_tokens, _between_blocks(pool.config, empty)
         unneeded = max(0, len(keys) * size - reach(pool.config)) // size
         for count in range(len(keys), unneeded, -1):
             if self._path(keys[count - 1], "state").exists():
-                states = self._try(pool, self._path(keys[count - 1], "state"), empty, ignored)
+                states = self._try(pool, self._path(keys[count - 1], "state"), template, ignored)
                 if states is not None:
-                    return count * size, states
+                    return count * size, {name: parts | states.get(name, {}) for name, parts in empty.items()}
         return unneeded * size, None
 
     def _into(self, pool: BlockPool, contents: list[Any]) -> list[int]:
@@ -245,6 +246,16 @@ class PrefixStore:
         if about.get("key") != path.name or about.get("sha256") != _checksum(arrays):
             raise BadEntry(f"{path.name} is damaged: its content does not match its checksum")
         return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in expected])
+
+
+def _between_blocks(config: DeepseekV4Config, states: Any) -> Any:
+    """The parts of a state that count after complete blocks: HCA's tails are empty then. MTP's is not kept."""
+    kinds = stacks(config)
+    return {
+        name: {part: x for part, x in parts.items() if part != "tail" or kinds[name].attention == CSA}
+        for name, parts in states.items()
+        if name != "mtp"
+    }
 
 
 def reach(config: DeepseekV4Config) -> int:

@@ -87,12 +87,12 @@ def parts(config: Any, cache: Any, context: int) -> dict[str, Callable[[], Any]]
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=(1, 1, *shape)), jnp.float32)  # noqa: E731
     hi = {ratio: jnp.full((1, 1), context // ratio, jnp.int32) for ratio in config.compress_ratios}
-    choose = jax.jit(lambda q, w, pages, hi: index.index_topk(q, w, pages, hi, config.index_topk))
+    choose = jax.jit(lambda q, pages, w, hi: index.index_topk(q, pages, w, hi, config.index_topk))
     attend = jax.jit(lambda q, pages, hi: attention.range_attention(q, pages, hi, config.head_dim**-0.5))
-    operands = normal(config.index_n_heads, config.index_head_dim), normal(config.index_n_heads)
+    sought, weights = normal(config.index_n_heads, config.index_head_dim), normal(config.index_n_heads)
     queries = normal(config.num_attention_heads, config.head_dim)
     return {
-        "choosing": lambda: jax.block_until_ready(choose(*operands, csa.index_pages, hi[4])),
+        "choosing": lambda: jax.block_until_ready(choose(sought, csa.index_pages, weights, hi[4])),
         "attending": lambda: jax.block_until_ready(attend(queries, hca.pages, hi[128])),
     }
 

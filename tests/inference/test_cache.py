@@ -12,6 +12,7 @@ from support import FIXTURES, TINY, load_fixture, random_params, random_tokens
 
 from dsv4_jax import model
 from dsv4_jax.analysis.memory import FORMATS, cache_plan
+from dsv4_jax.config import CSA, HCA
 from dsv4_jax.layers import kv_cache
 from dsv4_jax.presets import preset
 
@@ -245,25 +246,35 @@ def test_a_decode_step_compiles_once_as_sequences_grow(tiny):
     assert step._cache_size() == 1
 
 
-def compiled_decode(format, columns, blocks):
-    """A decode step of two TINY sequences with a donated cache of that many table columns and blocks, compiled only."""
-    params = jax.eval_shape(lambda: model.init(TINY, jax.random.key(0)))
-    cache = jax.eval_shape(lambda: kv_cache.init_cache(TINY, 2, 12 * columns, format, blocks))
+REPEATED = TINY.replace(
+    num_hidden_layers=4, num_nextn_predict_layers=0, layer_types=(HCA, CSA) * 2, compress_ratios=(6, 4) * 2,
+    num_hash_layers=0,
+)  # fmt: skip
+
+
+def compiled_decode(config, arrange, format, columns, blocks):
+    """A decode step of two sequences with a donated cache of that many table columns and blocks, compiled only."""
+    params = jax.eval_shape(lambda: arrange(model.init(config, jax.random.key(0))))
+    cache = jax.eval_shape(lambda: kv_cache.init_cache(config, 2, 12 * columns, format, blocks))
     tokens, counts = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    step = lambda p, t, c, n: model.forward(TINY, p, t, cache=c, counts=n)  # noqa: E731
-    return jax.jit(step, donate_argnums=2).lower(params, tokens, cache, counts).compile()
+    step = lambda p, t, c, n: model.forward(config, p, t, cache=c, counts=n)  # noqa: E731
+    return cache.pools, jax.jit(step, donate_argnums=2).lower(params, tokens, cache, counts).compile()
 
 
-@pytest.mark.parametrize("format", ["bfloat16", "deployed"])
-def test_pools_are_written_in_place_and_neither_memory_nor_work_follows_the_capacity(format):
+@pytest.mark.parametrize(
+    ("config", "arrange", "format"),
+    [(TINY, lambda params: params, "bfloat16"), (REPEATED, model.unstack, "deployed")],
+    ids=["stacked layers, bfloat16", "layers apart, deployed"],
+)
+def test_pools_are_written_in_place_and_neither_memory_nor_work_follows_the_capacity(config, arrange, format):
     # Both are longer than one tile of entries; the second has four times the room and 64 times the blocks.
-    small, large = compiled_decode(format, 4000, 1000), compiled_decode(format, 16000, 64000)
-    pools = jax.eval_shape(lambda: kv_cache.init_cache(TINY, 2, 12, format, 64000)).pools
+    _, small = compiled_decode(config, arrange, format, 4000, 1000)
+    pools, large = compiled_decode(config, arrange, format, 16000, 64000)
     before, after = small.memory_analysis(), large.memory_analysis()
     assert after.alias_size_in_bytes >= nbytes(pools) > 8_000_000
     assert after.temp_size_in_bytes - before.temp_size_in_bytes <= 2 * 12000 * 4  # a row of block numbers
     # Whatever has the size of a pool is an argument, or a scatter into one: no copy, no conversion.
-    whole = [line for line in large.as_text().splitlines() if re.search(r"= \w+\[1,64000,", line)]
+    whole = [line for line in large.as_text().splitlines() if re.search(r"= \w+\[\d+,64000,", line)]
     made = {re.search(r"\} ([\w-]+)\(", line).group(1) for line in whole}
     assert "scatter" in made and made <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}
     # Work inside the loops over tiles counts once here, and runs for the tokens seen: see the next test.

@@ -12,7 +12,7 @@ help:
 	@echo "make lint       ruff and pyright"
 	@echo "make slow       the slow tests"
 	@echo "make reference  the comparison with PyTorch implementations (installs torch and transformers)"
-	@echo "make benchmark  training speed against transformers (installs them too)"
+	@echo "make benchmark  training and inference speed against transformers (installs them too)"
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -48,6 +48,7 @@ reference: $(VENV)/.reference
 
 benchmark: $(VENV)/.reference
 	$(BIN)/python -m tests.benchmarks.train_cpu
+	$(BIN)/python -m tests.benchmarks.infer_cpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

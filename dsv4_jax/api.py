@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax import model as _model
+from dsv4_jax import weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
@@ -96,7 +97,7 @@ def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:
     """
     config = preset(config) if isinstance(config, str) else config
     key = jax.random.key(key) if isinstance(key, int) else key
-    return Model(config, jax.jit(_model.init, static_argnums=0)(config, key))
+    return Model(config, jax.jit(weights.init, static_argnums=0)(config, key))
 
 
 def load(folder: str | Path, *, step: int | None = None) -> Model:

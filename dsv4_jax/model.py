@@ -7,7 +7,6 @@ n residual streams, V vocabulary, L blocks.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,15 +17,13 @@ from dsv4_jax.config import DeepseekV4Config, LayerSpec
 from dsv4_jax.kernels.streams import read, write
 from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
 from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, stochastic_errors
-from dsv4_jax.layers.kv_cache import Cache, LayerCache, split_layer, trim
-from dsv4_jax.layers.layout import Layout, Past, make_cached_layout, make_layout
+from dsv4_jax.layers.kv_cache import Cache, LayerCache, split_layer
+from dsv4_jax.layers.layout import Past, make_cached_layout, make_layout
 from dsv4_jax.layers.moe import MoE
 from dsv4_jax.layers.norm import dense, rms_norm
-from dsv4_jax.layers.parameters import facts_of, normal, parameter
+from dsv4_jax.layers.parameters import normal, parameter
 from dsv4_jax.quantization import policy as precision
-
-Params = dict[str, Any]
-Record = dict[str, Any]
+from dsv4_jax.segments import Batch, Options, Params, Record, run_segment, trimmed
 
 
 class Block(nnx.Module):
@@ -113,24 +110,6 @@ class Ends(nnx.Module):
             self.mtp = nnx.Dict({str(i): MultiTokenPrediction(c, spec, rngs) for i, spec in enumerate(c.mtp_layers)})
 
 
-class Batch(NamedTuple):
-    """What every block may look at: token ids [B, S], the tokens that count [B, S], and the layout of documents."""
-
-    tokens: jax.Array
-    counted: jax.Array
-    layout: Layout
-
-
-class Options(NamedTuple):
-    """Static choices of one forward."""
-
-    attention: AttentionOptions
-    record: bool
-    keep_all: bool
-    remat: bool
-    unroll: int | bool
-
-
 class Output(NamedTuple):
     """What a forward returns.
 
@@ -199,8 +178,10 @@ def forward(
     x = ends.embed[...][tokens].astype(dtype or ends.embed.dtype)
     streams = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], config.hc_mult, x.shape[-1]))  # [B, S, n, D]
     layers: list[Record] = []
-    for i in range(len(config.segments)):
-        streams, records, cache = _run_segment(config, i, params["segments"][str(i)], streams, batch, options, cache)
+    for i, segment in enumerate(config.segments):
+        graphs = [_graph(config, spec) for spec in segment.unit]
+        layer_params = params["segments"][str(i)]
+        streams, records, cache = run_segment(config, i, graphs, layer_params, streams, batch, options, cache)
         layers += records
     hidden = rms_norm(ends.hc_head(streams), ends.norm[...], config.rms_norm_eps)
 
@@ -252,13 +233,8 @@ def forward_mtp(
     embedded = ends.embed[...][next_tokens].astype(streams.dtype)
     hidden, _, memory = ends.mtp["0"](streams, embedded, batch, options, memory)
     state, pools = split_layer(memory)
-    state = jax.tree.map(lambda x: x[None], _trimmed(config, config.mtp_layers[0], state, batch, options))
+    state = jax.tree.map(lambda x: x[None], trimmed(config, config.mtp_layers[0], state, batch, options))
     return hidden, replace(cache, states=cache.states | {"mtp": state}, pools=cache.pools | {"mtp": pools})
-
-
-def _trimmed(config: DeepseekV4Config, spec: LayerSpec, state: Any, batch: Batch, options: Options) -> Any:
-    """A layer's state after these tokens; with `keep_all` all rows stay."""
-    return state if options.keep_all or batch.layout.past is None else trim(config, spec, state, batch.layout.past)
 
 
 def output_matrix(params: Params) -> jax.Array:
@@ -296,107 +272,11 @@ def _describe(
     return Batch(tokens, jnp.arange(length) < counts[:, None], layout)
 
 
-def _run_segment(
-    config: DeepseekV4Config,
-    number: int,
-    params: Params,
-    streams: jax.Array,
-    batch: Batch,
-    options: Options,
-    cache: Cache | None,
-) -> tuple[jax.Array, list[Record], Cache | None]:
-    """Scan a segment's unit over its stacked parameters and states; the pools go along whole and change in place."""
-    segment = config.segments[number]
-    graphs = [_graph(config, spec) for spec in segment.unit]
-    names = [f"{number}/{i}" for i in range(len(graphs))]
-    states = {name: cache.states[name] for name in names} if cache is not None else None
-    pools = {name: cache.pools[name] for name in names} if cache is not None else None
-
-    def unit(carry: tuple[jax.Array, Any], stacked: tuple[Params, Any, jax.Array]) -> tuple[Any, Any]:
-        (streams, pools), (params, states, layer) = carry, stacked
-        records, new_states, new_pools = [], {}, {}
-        for i, (graph, name) in enumerate(zip(graphs, names, strict=True)):
-            past = cache and cache.layer(segment.unit[i], states[name], pools[name], layer)
-            streams, record, past = nnx.merge(graph, params[str(i)])(streams, batch, options, past)
-            records.append(record)
-            if past is not None:
-                state, new_pools[name] = split_layer(past)
-                new_states[name] = _trimmed(config, segment.unit[i], state, batch, options)
-        return (streams, new_pools if cache else None), (records, new_states if cache else None)
-
-    body = jax.checkpoint(unit) if options.remat else unit
-    if isinstance(params, list):
-        (streams, pools), (stacked, states) = _loop(body, (streams, pools), params, states)
-    else:
-        xs = (params, states, jnp.arange(segment.repeats, dtype=jnp.int32))
-        (streams, pools), (stacked, states) = jax.lax.scan(body, (streams, pools), xs, unroll=options.unroll)
-    if cache is not None:
-        cache = replace(cache, states=cache.states | states, pools=cache.pools | pools)
-    take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
-    return streams, [take(record, i) for i in range(segment.repeats) for record in stacked], cache
-
-
-def _loop(body: Any, carry: Any, params: list[Params], states: Any) -> tuple[Any, Any]:
-    """What `lax.scan` does, over parameters that lie apart: no layer's weights are ever sliced out of a stack."""
-    outputs = []
-    for layer, own in enumerate(params):
-        state = jax.tree.map(lambda x, layer=layer: x[layer], states)
-        carry, output = body(carry, (own, state, jnp.int32(layer)))
-        outputs.append(output)
-    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
-
-
-def unstack(params: Params) -> Params:
-    """The same parameters with every layer's arrays apart: each segment becomes a list of units.
-
-    `forward` takes either form. Stacked ones are scanned, which compiles once per unit but copies every layer's weights
-    out of the stack where the backend cannot read them in place. Decoding one token reads each weight once, so there
-    the copy doubles the traffic; apart, a depth of L compiles L times as long.
-    """
-    apart = {}
-    for number, segment in params["segments"].items():
-        repeats = len(jax.tree.leaves(segment)[0])
-        apart[number] = [jax.tree.map(lambda x, layer=layer: x[layer], segment) for layer in range(repeats)]
-    return params | {"segments": apart}
-
-
-def init(config: DeepseekV4Config, key: jax.Array) -> Params:
-    """Fresh parameters in float32; call it under `jax.jit` with `out_shardings` to create them sharded."""
-    ends_key, *keys = jax.random.split(key, 1 + len(config.segments))
-    params = nnx.to_pure_dict(nnx.state(Ends(config, nnx.Rngs(ends_key))))
-    params["segments"] = {}
-    for i, (segment, segment_key) in enumerate(zip(config.segments, keys, strict=True)):
-        unit = {}
-        for j, spec in enumerate(segment.unit):
-            block_keys = jax.random.split(jax.random.fold_in(segment_key, j), segment.repeats)
-            unit[str(j)] = jax.vmap(partial(_init_block, config, spec))(block_keys)
-        params["segments"][str(i)] = unit
-    return params
-
-
-def _init_block(config: DeepseekV4Config, spec: LayerSpec, key: jax.Array) -> Params:
-    return nnx.to_pure_dict(nnx.state(Block(config, spec, nnx.Rngs(key))))
-
-
-def facts(config: DeepseekV4Config) -> Params:
-    """The tree of `Fact`s beside `init`'s parameters; stacked blocks gain the leading axis "layers"."""
-    tree = facts_of(nnx.state(_abstract(config, None)))
-    stack = lambda fact: type(fact)(("layers", *fact.axes), fact.optimizer, fact.role)  # noqa: E731
-    tree["segments"] = {
-        str(i): {
-            str(j): jax.tree.map(stack, facts_of(nnx.state(_abstract(config, spec))))
-            for j, spec in enumerate(segment.unit)
-        }
-        for i, segment in enumerate(config.segments)
-    }
-    return tree
-
-
-def _abstract(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.Module:
+def abstract(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.Module:
     """A block (or the ends, for None) with shapes and no arrays."""
     make = lambda: Ends(config, nnx.Rngs(0)) if spec is None else Block(config, spec, nnx.Rngs(0))  # noqa: E731
     return nnx.eval_shape(make)
 
 
 def _graph(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.GraphDef:
-    return nnx.split(_abstract(config, spec))[0]
+    return nnx.split(abstract(config, spec))[0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from dsv4_jax.checkpoint.huggingface import load_checkpoint
 from dsv4_jax.config import CSA, HCA, SLIDING, DeepseekV4Config
 
@@ -54,7 +54,7 @@ LENGTH = 41  # a multiple of neither ratio, and far beyond the window
 def random_params(config: DeepseekV4Config, seed: int = 0) -> Any:
     """Parameters with no trivial constants: random norms, sinks, ape, mHC maps, router biases and hash tables."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
 
     def one(path: Any, leaf: Any) -> jax.Array:
         name, shape = path[-1].key, leaf.shape

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from dsv4_jax.presets import preset
 
 TOTAL = {"v4-pro": 1.6e12, "v4-flash": 284e9}  # reported parameters
@@ -14,7 +14,7 @@ TOTAL = {"v4-pro": 1.6e12, "v4-flash": 284e9}  # reported parameters
 def giant(request):
     """(name, config, abstract parameters)."""
     config = preset(request.param)
-    return request.param, config, jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    return request.param, config, jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
 
 
 def test_init_makes_the_reported_number_of_parameters(giant):
@@ -47,7 +47,7 @@ def test_forward_has_the_right_shapes_in_every_layer(giant):
 
 def test_every_parameter_says_its_axes(giant):
     _, config, params = giant
-    facts = model.facts(config)
+    facts = weights.facts(config)
     is_fact = lambda x: hasattr(x, "axes")  # noqa: E731
     assert jax.tree.structure(params) == jax.tree.structure(facts, is_leaf=is_fact)
     for fact, leaf in zip(jax.tree.leaves(facts, is_leaf=is_fact), jax.tree.leaves(params), strict=True):

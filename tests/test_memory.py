@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from support import TINY
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from dsv4_jax.config import CSA, HCA
 from dsv4_jax.presets import preset
 
@@ -23,7 +23,7 @@ CSA_BLOCK = preset("nano").replace(
 
 
 def abstract_params(config):
-    return jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
 
 
 def compiled_training(config, length, **options):
@@ -106,7 +106,7 @@ import jax, jax.numpy as jnp
 from test_memory import CSA_BLOCK, compiled_training
 from dsv4_jax import model
 length = int(sys.argv[1])
-params = jax.jit(lambda key: model.init(CSA_BLOCK, key))(jax.random.key(0))
+params = jax.jit(lambda key: weights.init(CSA_BLOCK, key))(jax.random.key(0))
 tokens = jax.random.randint(jax.random.key(1), (1, length), 0, CSA_BLOCK.vocab_size)
 step = compiled_training(CSA_BLOCK, length, attention="sparse", index_loss=True)
 gradients = jax.block_until_ready(step(params, tokens))

@@ -21,7 +21,7 @@ from support import (
     weights_for,
 )
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from dsv4_jax.config import CSA, HCA
 from dsv4_jax.kernels.indexer_topk import IndexOperands, index_loss
 from dsv4_jax.kernels.streams import sinkhorn, write
@@ -30,7 +30,7 @@ from dsv4_jax.layers.layout import make_layout
 from dsv4_jax.layers.moe import Gate, swiglu
 
 MODES = ("sparse", "dense")
-FACTS = jax.tree_util.tree_flatten_with_path(model.facts(TINY))[0]
+FACTS = jax.tree_util.tree_flatten_with_path(weights.facts(TINY))[0]
 ROLES = {"/".join(key.key for key in path): fact for path, fact in FACTS}
 
 

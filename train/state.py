@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv4_jax import model
+from dsv4_jax import weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.facts import Fact
 from dsv4_jax.shapes import layer_slots
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 def init_state(config: DeepseekV4Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state, a function of the seed alone. Under `jax.eval_shape` it is the abstract state of a restore."""
     key = jax.random.key(seed)
-    params = model.init(config, key)
+    params = weights.init(config, key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(key))
 
 

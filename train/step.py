@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.facts import Fact
 from train.losses import OBJECTIVES, Batch, LossWeights, Objective, Parts, batch_totals, learned_blocks, training_loss
@@ -65,7 +65,7 @@ class StepPlan:
 
     def transformation(self, kind: Kind = "dense") -> optax.GradientTransformation:
         """The optimizer of a stage; its state has the same structure in every stage."""
-        facts = model.facts(self.config)
+        facts = weights.facts(self.config)
         return make_optimizer(facts, self.learning_rate, self.optimizer, trainable=partial(moves, OBJECTIVES[kind]))
 
     def init(self, seed: int) -> TrainState:
@@ -90,7 +90,7 @@ def make_train_step(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callab
 
 def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState, batch: Batch):
     """See `make_train_step`."""
-    facts, objective = model.facts(plan.config), OBJECTIVES[kind]
+    facts, objective = weights.facts(plan.config), OBJECTIVES[kind]
     mtp_weight = jnp.where(state.step < plan.decay_start, plan.weights.mtp, plan.weights.mtp_decayed)
     gradients, parts = batch_gradients(plan, objective, microbatches, state.params, batch, mtp_weight)
     with jax.named_scope("optimizer"):
@@ -116,7 +116,7 @@ def batch_gradients(
     if rows % microbatches:
         raise ValueError(f"a batch of {rows} rows cannot be cut into {microbatches} microbatches of equal size")
     config, forward = plan.config, plan.forward()
-    moved, held = split(params, model.facts(config), partial(moves, objective))
+    moved, held = split(params, weights.facts(config), partial(moves, objective))
     totals = batch_totals(config, batch)
 
     def loss(moved: Any, batch: Batch) -> tuple[jax.Array, Parts]:

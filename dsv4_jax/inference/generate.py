@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.inference.batch import Emitted, Prompted, Shape, first_token, read_chunk, start
@@ -36,8 +36,8 @@ SMALL_CHUNK = 128  # tokens of a chunk where no prompt is longer
 LEAST_CAPACITY = 256
 MOST_DRAFTS = 8
 CALL_SECONDS = 0.05  # how long the compiled loop runs before the host sees its tokens
-APART = 16  # blocks of models whose layers are laid apart (see `model.unstack`); deeper ones would compile too long
-_unstack = jax.jit(model.unstack)
+APART = 16  # blocks of models whose layers are laid apart (`weights.unstack`); deeper ones would compile too long
+_unstack = jax.jit(weights.unstack)
 
 
 class _Request(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv4_jax import model
+from dsv4_jax import weights
 from dsv4_jax.analysis import count
 from dsv4_jax.config import CSA
 from dsv4_jax.presets import PRESETS, preset
@@ -35,7 +35,7 @@ def test_the_mtp_module_of_flash_has_the_published_size_and_a_router_bias():
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), preset("nano").replace(tie_word_embeddings=True)])
 def test_shapes_from_the_config_are_those_of_the_model(config):
-    tree = jax.eval_shape(partial(model.init, config), jax.random.key(0))
+    tree = jax.eval_shape(partial(weights.init, config), jax.random.key(0))
     assert tree_shapes(config) == {path: leaf.shape for path, leaf in flatten(tree).items()}
     floats = [leaf.size for leaf in flatten(tree).values() if np.issubdtype(leaf.dtype, np.floating)]
     integers = [leaf.size for leaf in flatten(tree).values() if np.issubdtype(leaf.dtype, np.integer)]

@@ -49,10 +49,10 @@ def ours(context: int, room: int, steps: int) -> Result:
     import jax
     import jax.numpy as jnp
 
-    from dsv4_jax import model
+    from dsv4_jax import model, weights
 
     config = layer_pair()
-    params = jax.jit(lambda key: model.init(config, key))(jax.random.key(0))
+    params = jax.jit(lambda key: weights.init(config, key))(jax.random.key(0))
     cache = synthetic_cache(config, context, room + 128)
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     result = {"context": context, "room": room, "cache": size(cache.pools), "state": size(cache.states)}

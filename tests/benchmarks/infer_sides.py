@@ -15,13 +15,13 @@ def ours(kind: str, batch: int, length: int, steps: int) -> Result:
     import jax
     import jax.numpy as jnp
 
-    from dsv4_jax import model
+    from dsv4_jax import model, weights
     from dsv4_jax.config_json import config_from_json
     from dsv4_jax.layers.kv_cache import init_cache
 
     jax.config.update("jax_enable_compilation_cache", False)
     config = config_from_json(bench_model() | {"num_nextn_predict_layers": 0})
-    params = jax.jit(lambda key: model.unstack(model.init(config, key)))(jax.random.key(0))
+    params = jax.jit(lambda key: weights.unstack(weights.init(config, key)))(jax.random.key(0))
 
     def one(params: Any, tokens: Any, cache: Any) -> tuple[Any, Any]:
         out = model.forward(config, params, tokens, cache=cache, logits=False)

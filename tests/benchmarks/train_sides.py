@@ -17,7 +17,7 @@ def ours(batch: int, length: int, steps: int, unroll: bool) -> Result:
     import jax
     import jax.numpy as jnp
 
-    from dsv4_jax import model
+    from dsv4_jax import model, weights
     from dsv4_jax.config_json import config_from_json
     from train.losses import chunked_cross_entropy, shifted_targets
 
@@ -31,7 +31,7 @@ def ours(batch: int, length: int, steps: int, unroll: bool) -> Result:
         total = chunked_cross_entropy(flat, model.output_matrix(params), targets.reshape(-1), counted.reshape(-1))
         return total / counted.sum()
 
-    params = jax.jit(lambda key: model.init(config, key))(jax.random.key(0))
+    params = jax.jit(lambda key: weights.init(config, key))(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
     start = time.perf_counter()
     step = jax.jit(jax.value_and_grad(loss, allow_int=True)).lower(params, tokens).compile()

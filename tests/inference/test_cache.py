@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import FIXTURES, TINY, load_fixture, random_params, random_tokens
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from dsv4_jax.analysis.memory import FORMATS, cache_plan
 from dsv4_jax.config import CSA, HCA
 from dsv4_jax.layers import kv_cache
@@ -254,7 +254,7 @@ REPEATED = TINY.replace(
 
 def compiled_decode(config, arrange, format, columns, blocks):
     """A decode step of two sequences with a donated cache of that many table columns and blocks, compiled only."""
-    params = jax.eval_shape(lambda: arrange(model.init(config, jax.random.key(0))))
+    params = jax.eval_shape(lambda: arrange(weights.init(config, jax.random.key(0))))
     cache = jax.eval_shape(lambda: kv_cache.init_cache(config, 2, 12 * columns, format, blocks))
     tokens, counts = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     step = lambda p, t, c, n: model.forward(config, p, t, cache=c, counts=n)  # noqa: E731
@@ -263,7 +263,7 @@ def compiled_decode(config, arrange, format, columns, blocks):
 
 @pytest.mark.parametrize(
     ("config", "arrange", "format"),
-    [(TINY, lambda params: params, "bfloat16"), (REPEATED, model.unstack, "deployed")],
+    [(TINY, lambda params: params, "bfloat16"), (REPEATED, weights.unstack, "deployed")],
     ids=["stacked layers, bfloat16", "layers apart, deployed"],
 )
 def test_pools_are_written_in_place_and_neither_memory_nor_work_follows_the_capacity(config, arrange, format):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from support import TINY, random_params
 
-from dsv4_jax import model
+from dsv4_jax import model, weights
 from train import losses
 from train.losses import OBJECTIVES, LossWeights, batch_totals, chunked_cross_entropy, shifted_targets, training_loss
 from train.state import join, split
 
 WEIGHTS = LossWeights(balance=0.5, index=2.0)
-FACTS = model.facts(TINY)
+FACTS = weights.facts(TINY)
 
 
 def problem(n=37, d=12, v=29, dtype=np.float32):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import TINY, random_params
 
-from dsv4_jax import model
+from dsv4_jax import weights
 from dsv4_jax.analysis.count import count_parameters
 from dsv4_jax.config import CSA, HCA, SLIDING
 from train import flops
@@ -20,7 +20,7 @@ from train.schedule import warmup_constant_cosine
 from train.state import TrainState, move_router_biases
 from train.step import Precision, StepPlan, batch_gradients, make_train_step
 
-FACTS = model.facts(TINY)
+FACTS = weights.facts(TINY)
 PLAN = StepPlan(
     TINY,
     warmup_constant_cosine(1e-2, 1e-3, 0, 5, 10),
@@ -172,7 +172,7 @@ def test_flops_of_matrices_are_two_per_activated_matrix_element(monkeypatch):
 
 
 def _shapes(config):
-    tree = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    tree = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsv4_jax.config import CSA, DeepseekV4Config
+from dsv4_jax.config import CSA, DeepseekV4Config, LayerSpec
 from dsv4_jax.errors import UserError
 
 FORMATS = ("float32", "bfloat16", "deployed")
@@ -76,6 +76,60 @@ def cache_plan(config: DeepseekV4Config, format: str = "deployed") -> CachePlan:
     keys = sum(tokens // layer.ratio for layer in layers if layer.attention == CSA)
     tails = sum(_tail_bytes(config, layer.ratio, layer.attention == CSA) for layer in layers if layer.ratio)
     return CachePlan(tokens, entries * entry, keys * key, len(layers) * config.sliding_window * entry, tails)
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """One component of a sequence's cache.
+
+    Attributes:
+        name: the component.
+        format: how it is stored.
+        count: entries, keys or tails of all layers.
+        bytes: what they weigh.
+        read: bytes that the sequence's next token reads of them, tails as a mean over tokens.
+    """
+
+    name: str
+    format: str
+    count: int
+    bytes: int
+    read: float
+
+
+def cache_parts(config: DeepseekV4Config, tokens: int, format: str = "deployed") -> tuple[CachePart, ...]:
+    """What a sequence of `tokens` tokens holds; the bytes add up to `cache_plan(config, format).sequence(tokens)`.
+
+    The main stack reads; the MTP module, which drafts, does not.
+    """
+    plan, parts = cache_plan(config, format), []
+    layers, drafting = config.layers, config.mtp_layers[:1]
+    entry, kept = entry_bytes(config, format), plan.blocks(tokens) * plan.block_tokens
+    formats = ("FP8, rope BF16", "FP4") if format == "deployed" else (format, format)
+    for kind in sorted({layer.attention for layer in layers + drafting if layer.ratio}):
+        chosen, label = kind == CSA, "CSA" if kind == CSA else "HCA"
+        ratios = [layer.ratio for layer in layers if layer.attention == kind]
+        count = sum(kept // layer.ratio for layer in layers + drafting if layer.attention == kind)
+        limit = config.index_topk if chosen else tokens
+        read = entry * sum(min(limit, tokens // ratio) for ratio in ratios)
+        parts.append(CachePart(f"{label} entries", formats[0], count, count * entry, read))
+        if chosen:
+            key = index_key_bytes(config, format)
+            read = key * sum(tokens // ratio for ratio in ratios)
+            parts.append(CachePart("indexer keys", formats[1], count, count * key, read))
+        parts.append(_tail_part(config, kind, label, layers + drafting))
+    read = entry * min(tokens, config.sliding_window) * len(layers)
+    windows = len(layers + drafting) * config.sliding_window
+    return (*parts, CachePart("windows", formats[0], windows, plan.windows, read))
+
+
+def _tail_part(config: DeepseekV4Config, kind: str, label: str, layers: tuple[LayerSpec, ...]) -> CachePart:
+    """Incomplete blocks: read once per block, when it is complete."""
+    sizes = [
+        (_tail_bytes(config, layer.ratio, kind == CSA), layer.ratio) for layer in layers if layer.attention == kind
+    ]
+    read = sum(size / ratio for size, ratio in sizes)
+    return CachePart(f"{label} tails", "float32", len(sizes), sum(size for size, _ in sizes), read)
 
 
 def entry_bytes(config: DeepseekV4Config, format: str) -> int:

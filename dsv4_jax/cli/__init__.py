@@ -16,6 +16,7 @@ COMMANDS = {  # name: module, what it does
         "dsv4_jax.cli.info",
         "layer plan, exact parameter counts and cache size of a preset, config.json or folder",
     ),
+    "plan": ("dsv4_jax.cli.plan", "whether a deployment fits, how fast it can be and what it costs, in a second"),
     "train": ("dsv4_jax.cli.train", "train a model by a recipe, or resume an interrupted run"),
     "generate": ("dsv4_jax.cli.generate", "continue a text with a checkpoint, as it comes"),
     "chat": ("dsv4_jax.cli.chat", "talk with a checkpoint in the release's prompt format"),
@@ -24,6 +25,7 @@ COMMANDS = {  # name: module, what it does
 }
 EXAMPLES = """  dsv4 info v4-pro
   dsv4 info path/to/model-folder
+  dsv4 plan v4-flash --context 1M --hardware h200
   dsv4 train nano
   dsv4 generate runs/nano --prompt 'def main():'
   dsv4 chat runs/nano --system 'Be brief.'

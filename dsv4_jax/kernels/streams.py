@@ -11,7 +11,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv4_jax.kernels.chunks import materialise
 
@@ -122,63 +121,85 @@ def sinkhorn(logits: jax.Array, iters: int, eps: float) -> jax.Array:
 
     Softmax over the last axis plus eps, a column normalisation, then `iters - 1` times rows and columns, each divisor
     plus eps; it ends on columns, as the release does. The gradient flows through every step, in float32.
+
+    Every step scales whole rows or columns, so the matrix stays `u_i K_ij v_j` and only u and v change: a step reads
+    one matrix and writes one row of factors. Tokens are the long, contiguous axis of everything inside.
     """
-    return _sinkhorn_fwd(logits, iters, eps)[0]
+    _, kernel = _kernel(logits, eps)
+    start = _first_factors(kernel, eps)
+    u, v = jax.lax.fori_loop(0, iters - 1, lambda _, uv: _balance(kernel, *uv, eps), start)
+    return _matrices(u[:, None] * kernel * v, logits.shape)
 
 
 def _sinkhorn_fwd(logits: jax.Array, iters: int, eps: float):
-    n = logits.shape[-1]
-    rows, columns = _sum_matrices(n)
-    softmax = jax.nn.softmax(logits.astype(jnp.float32), axis=-1).reshape(-1, n * n).T
-    first = _normalise(softmax + eps, columns, eps)
+    softmax, kernel = _kernel(logits, eps)
+    start = _first_factors(kernel, eps)
 
-    def round_(a: jax.Array, _: None):
-        by_rows = _normalise(a, rows, eps)
-        by_columns = _normalise(by_rows[0], columns, eps)
-        return by_columns[0], (by_rows, by_columns)
+    def round_(uv: tuple[jax.Array, jax.Array], _: None):
+        new = _balance(kernel, *uv, eps)
+        return new, (uv, new)
 
-    a, rounds = jax.lax.scan(round_, first[0], length=iters - 1)
-    return a.T.reshape(logits.shape), (softmax, first, rounds)
+    (u, v), rounds = jax.lax.scan(round_, start, length=iters - 1)
+    return _matrices(u[:, None] * kernel * v, logits.shape), (softmax, kernel, start, rounds, (u, v))
 
 
 def _sinkhorn_bwd(iters: int, eps: float, saved, d_out: jax.Array):
-    softmax, first, rounds = saved
-    n = d_out.shape[-1]
-    rows, columns = _sum_matrices(n)
+    """Adjoints of u and v go back through the rounds; each leaves two outer products in the kernel's gradient."""
+    softmax, kernel, (_, first), rounds, (u, v) = saved
+    d = _tokens_last(d_out)
 
-    def round_(d: jax.Array, steps):
-        by_rows, by_columns = steps
-        return _normalise_gradient(_normalise_gradient(d, by_columns, columns), by_rows, rows), None
+    def round_(adjoints: tuple[jax.Array, jax.Array, jax.Array], step):
+        (d_kernel, d_u, d_v), ((u, v), (new_u, new_v)) = adjoints, step
+        d_columns = -d_v * jnp.square(new_v)  # of the column sums that new_v divides by
+        d_u = d_u + _row_sums(kernel * d_columns)
+        d_rows = -d_u * jnp.square(new_u)
+        d_v = d_v * eps * jnp.square(new_v / v) + _column_sums(kernel * d_rows[:, None])
+        d_kernel = d_kernel + new_u[:, None] * d_columns + d_rows[:, None] * v
+        return (d_kernel, d_u * eps * jnp.square(new_u / u), d_v), None
 
-    d, _ = jax.lax.scan(round_, d_out.reshape(-1, n * n).T, rounds, reverse=True)
-    d = _normalise_gradient(d, first, columns)
-    d = softmax * (d - _sum(rows, d * softmax))
-    return (d.T.reshape(d_out.shape),)
+    start = u[:, None] * d * v, _row_sums(d * (kernel * v)), _column_sums(d * (kernel * u[:, None]))
+    (d_kernel, _, d_v), _ = jax.lax.scan(round_, start, rounds, reverse=True)
+    d_kernel = d_kernel - d_v * jnp.square(first)
+    d_logits = softmax * (d_kernel - _row_sums(d_kernel * softmax)[:, None])
+    return (_matrices(d_logits, d_out.shape),)
 
 
 sinkhorn.defvjp(_sinkhorn_fwd, _sinkhorn_bwd)
 
 
-def _sum_matrices(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """0/1 matrices [n*n, n*n] that replace each entry of a flattened n x n matrix by its row's, or column's, sum."""
-    row, column = np.divmod(np.arange(n * n), n)
-    return tuple((index[:, None] == index[None, :]).astype(np.float32) for index in (row, column))
+def _kernel(logits: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The softmax over each row and the matrix that is balanced, both [n, n, N]."""
+    softmax = jax.nn.softmax(_tokens_last(logits.astype(jnp.float32)), axis=1)
+    return softmax, materialise(softmax + eps)
 
 
-def _sum(matrix: np.ndarray, a: jax.Array) -> jax.Array:
-    """Row or column sums of the matrices a [n*n, N], in place of each entry.
-
-    Tokens are the long, contiguous axis; a product with ones is the one reduction every backend does well.
-    """
-    return jnp.dot(matrix, a, precision=jax.lax.Precision.HIGHEST)
+def _first_factors(kernel: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """u and v [n, N] behind the first column normalisation."""
+    v = 1 / (_column_sums(kernel) + eps)
+    return jnp.ones_like(v), v
 
 
-def _normalise(a: jax.Array, matrix: np.ndarray, eps: float) -> tuple[jax.Array, jax.Array]:
-    """a divided by its sums plus eps, and the factor used."""
-    factor = 1 / (_sum(matrix, a) + eps)
-    return a * factor, factor
+def _balance(kernel: jax.Array, u: jax.Array, v: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The factors after one normalisation of rows and one of columns."""
+    u = u / (u * _row_sums(kernel * v) + eps)
+    return u, v / (v * _column_sums(kernel * u[:, None]) + eps)
 
 
-def _normalise_gradient(d: jax.Array, step: tuple[jax.Array, jax.Array], matrix: np.ndarray) -> jax.Array:
-    out, factor = step
-    return factor * (d - _sum(matrix, d * out))
+def _row_sums(a: jax.Array) -> jax.Array:
+    """[n, n, N] -> [n, N]; written out, because reductions over an axis of size n do not vectorise on CPUs."""
+    return sum((a[:, j] for j in range(1, a.shape[1])), a[:, 0])
+
+
+def _column_sums(a: jax.Array) -> jax.Array:
+    """[n, n, N] -> [n, N]."""
+    return sum((a[i] for i in range(1, a.shape[0])), a[0])
+
+
+def _tokens_last(matrices: jax.Array) -> jax.Array:
+    """[.., n, n] -> [n, n, N]."""
+    return jnp.moveaxis(matrices.reshape(-1, *matrices.shape[-2:]), 0, -1)
+
+
+def _matrices(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_tokens_last`."""
+    return jnp.moveaxis(a, -1, 0).reshape(shape)

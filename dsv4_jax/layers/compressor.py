@@ -34,7 +34,13 @@ class Compressor(nnx.Module):
     def extend(self, x: jax.Array, tail: Tail, blocks: Blocks) -> tuple[jax.Array, Tail]:
         """The entries of tokens that follow a tail, and the rows of both."""
         rows = tail.followed_by(*self._project(x))
-        return self._pool(rows, blocks, x.dtype), rows
+        shape = (*blocks.starts_document.shape, self.width)
+        if blocks.places is None or x.shape[1] >= self.ratio:
+            return self._pool(rows, blocks, x.dtype), rows
+        # Of a few new tokens most complete no block: a decode step pools one time in `ratio`.
+        pool = lambda: self._pool(rows, blocks, x.dtype)  # noqa: E731
+        nothing = lambda: jnp.zeros(shape, x.dtype)  # noqa: E731
+        return jax.lax.cond((blocks.places >= 0).any(), pool, nothing), rows
 
     def _project(self, x: jax.Array) -> Tail:
         return Tail(dense(x, self.wkv[...], jnp.float32), dense(x, self.wgate[...], jnp.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from dsv4_jax.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from dsv4_jax.inference.generate import Engine
+
+
+Shardings = Callable[[DeepseekV4Config], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +104,13 @@ def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:
     return Model(config, jax.jit(weights.init, static_argnums=0)(config, key))
 
 
-def load(folder: str | Path, *, step: int | None = None) -> Model:
+def load(folder: str | Path, *, step: int | None = None, shardings: Shardings | None = None) -> Model:
     """A model from a folder of config.json and safetensors (any of the three naming schemes), or from a training run.
 
     Args:
         folder: the model's folder, a run of `dsv4 train`, or the run's `checkpoints`.
         step: of a run: this checkpoint; the newest good one by default.
+        shardings: the tree of shardings for an architecture; everything on one device by default.
 
     Raises:
         UserError: when the folder holds no model, or one that is damaged or of another architecture.
@@ -115,20 +120,28 @@ def load(folder: str | Path, *, step: int | None = None) -> Model:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        from dsv4_jax.checkpoint import load_checkpoint
+        from dsv4_jax.checkpoint import load_params, read_config
 
-        config, params = load_checkpoint(folder, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        config, alone = read_config(folder), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        params = load_params(folder, config, shardings(config) if shardings else alone)
     else:
-        config, params = _load_run(folder, step)
+        config, params = _load_run(folder, step, shardings)
     return Model(config, jax.tree.map(jnp.asarray, params), _tokenizer(folder))
 
 
-def _load_run(folder: Path, step: int | None) -> tuple[DeepseekV4Config, _model.Params]:
+def _load_run(folder: Path, step: int | None, shardings: Shardings | None) -> tuple[DeepseekV4Config, _model.Params]:
     from train.checkpointing import CheckpointError, load_params
 
     checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+
+    def placed(raw: dict[str, Any]) -> Any:
+        config = config_from_json(raw)
+        shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+        put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(put, shapes, shardings(config)) if shardings else None
+
     try:
-        config, params = load_params(checkpoints, step)
+        config, params = load_params(checkpoints, step, abstract_params=placed if shardings else None)
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"{folder} holds neither safetensors nor a training checkpoint: {error}") from error
     return config_from_json(config), params

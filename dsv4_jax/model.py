@@ -22,8 +22,9 @@ from dsv4_jax.layers.layout import Past, make_cached_layout, make_layout
 from dsv4_jax.layers.moe import MoE
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
+from dsv4_jax.partition import ALONE, Partition
 from dsv4_jax.quantization import policy as precision
-from dsv4_jax.segments import Batch, Options, Params, Record, run_segment, trimmed
+from dsv4_jax.segments import STREAMS, Batch, Options, Params, Record, check_expert_ids, run_segment, trimmed
 
 
 class Block(nnx.Module):
@@ -44,12 +45,12 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             maps = self.hc_attn(streams)
             x = rms_norm(read(streams, maps.pre), self.attn_norm[...], self.eps)
-            attn_out, seen, past = self.attn(x, batch.layout, options.attention, past)
+            attn_out, seen, past = options.partition.attention(self.attn, x, batch.layout, options.attention, past)
             streams = write(streams, attn_out, maps.post, maps.comb)
         with jax.named_scope("moe"):
             ffn_maps = self.hc_ffn(streams)
             x = rms_norm(read(streams, ffn_maps.pre), self.ffn_norm[...], self.eps)
-            mlp_out, routed = self.ffn(x, batch.tokens, batch.counted)
+            mlp_out, routed = self.ffn(x, batch.tokens, batch.counted, batch.expert_ids, partition=options.partition)
             streams = write(streams, mlp_out, ffn_maps.post, ffn_maps.comb)
         errors = jnp.maximum(jnp.stack(stochastic_errors(maps.comb)), jnp.stack(stochastic_errors(ffn_maps.comb)))
         record = {"load": routed["load"], "balance": routed["balance"], "hc_errors": errors}
@@ -135,6 +136,7 @@ def forward(
     tokens: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
+    expert_ids: jax.Array | None = None,
     cache: Cache | None = None,
     counts: jax.Array | None = None,
     attention: Mode = "sparse",
@@ -147,15 +149,18 @@ def forward(
     remat: Literal["none", "block"] = "none",
     unroll: int | bool = 1,
     policy: precision.Policy = precision.NONE,
+    partition: Partition = ALONE,
 ) -> Output:
     """The whole model on tokens [B, S]; pure: jit, differentiate and vmap it freely.
 
     Args:
-        config: the architecture; static, like every keyword but `segment_ids`, `cache` and `counts`.
+        config: the architecture; static, like every keyword but `segment_ids`, `expert_ids`, `cache` and `counts`.
         params: the tree of `init` or of a checkpoint.
         tokens: int32 [B, S].
         segment_ids: [B, S], documents as runs of equal ids in packed rows; 0 marks padding, which is not counted in the
             statistics. None: every row is one document. Padding is exact on either side.
+        expert_ids: int32 [B, S, L, k], the experts that the L learned routers (the MTP block's last, if it runs) are
+            to use instead of their own choice, weighted by their own scores; `segments.learned_choices` makes it.
         cache: what came before: the tokens go on from there (see `init_cache`), and `Output.cache` holds them too.
         counts: with a cache, how many tokens of each row are real, [B]; the rest is padding behind them. Default: all.
         attention: "sparse" (the indexer chooses) or "dense" (all visible entries).
@@ -168,15 +173,20 @@ def forward(
         remat: "block" recomputes a unit of blocks in the backward pass instead of keeping its activations.
         unroll: how many units the layer loop unrolls (True: all).
         policy: rounding by tensor role.
+        partition: how arrays lie on devices (`sharding/`); by default on one, or as the compiler finds best.
     """
-    options = Options(AttentionOptions(attention, index_loss, policy), record, keep_all, remat == "block", unroll)
+    options = Options(
+        AttentionOptions(attention, index_loss, policy), record, keep_all, remat == "block", unroll, partition
+    )
     if cache is not None and (mtp or index_loss or segment_ids is not None):
         raise ValueError("a cache holds one document a row, has no index loss, and its MTP module runs by forward_mtp")
-    batch = _describe(config, tokens, segment_ids, cache, counts)
+    check_expert_ids(config, tokens, mtp and bool(config.mtp_layers), expert_ids)
+    batch = _describe(config, tokens, segment_ids, cache, counts)._replace(expert_ids=expert_ids)
     ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
 
-    x = ends.embed[...][tokens].astype(dtype or ends.embed.dtype)
+    x = partition.token_values(look_up, ends.embed[...], tokens).astype(dtype or ends.embed.dtype)
     streams = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], config.hc_mult, x.shape[-1]))  # [B, S, n, D]
+    streams = partition.constrain(streams, STREAMS)
     layers: list[Record] = []
     for i, segment in enumerate(config.segments):
         graphs = [_graph(config, spec) for spec in segment.unit]
@@ -189,7 +199,8 @@ def forward(
     if mtp and config.mtp_layers:
         following = _next_in_document(x, segment_ids)
         with jax.named_scope("mtp"):
-            mtp_hidden, mtp_record, _ = ends.mtp["0"](streams, following, batch, options)
+            own = batch._replace(expert_ids=None if expert_ids is None else expert_ids[:, :, -1])
+            mtp_hidden, mtp_record, _ = ends.mtp["0"](streams, following, own, options)
         layers.append(mtp_record)
     if cache is not None and batch.layout.past is not None and not keep_all:
         cache = replace(cache, lengths=cache.lengths + batch.layout.past.counts)
@@ -206,6 +217,7 @@ def forward_mtp(
     counts: jax.Array,
     keep_all: bool = False,
     policy: precision.Policy = precision.NONE,
+    partition: Partition = ALONE,
 ) -> tuple[jax.Array, Cache]:
     """The MTP module with a cache, behind a `forward` over the same tokens.
 
@@ -219,6 +231,7 @@ def forward_mtp(
         counts: how many of these are real, [B].
         keep_all: as in `forward`.
         policy: as in `forward`.
+        partition: as in `forward`.
 
     Returns:
         Normed hidden states [B, S, D], which predict the token after the next; and the cache with the new "mtp" state.
@@ -226,15 +239,20 @@ def forward_mtp(
     past = Past(lengths, counts)
     layout = make_cached_layout(config, streams.shape[1], past)
     batch = Batch(next_tokens, jnp.arange(streams.shape[1]) < counts[:, None], layout)
-    options = Options(AttentionOptions("sparse", False, policy), False, keep_all, False, 1)
+    options = Options(AttentionOptions("sparse", False, policy), False, keep_all, False, 1, partition)
     ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
     state = jax.tree.map(lambda x: x[0], cache.states["mtp"])
     memory = cache.layer(config.mtp_layers[0], state, cache.pools["mtp"], jnp.int32(0))
-    embedded = ends.embed[...][next_tokens].astype(streams.dtype)
+    embedded = partition.token_values(look_up, ends.embed[...], next_tokens).astype(streams.dtype)
     hidden, _, memory = ends.mtp["0"](streams, embedded, batch, options, memory)
     state, pools = split_layer(memory)
     state = jax.tree.map(lambda x: x[None], trimmed(config, config.mtp_layers[0], state, batch, options))
     return hidden, replace(cache, states=cache.states | {"mtp": state}, pools=cache.pools | {"mtp": pools})
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding: [V, D], [N] -> [N, D]."""
+    return table[tokens]
 
 
 def output_matrix(params: Params) -> jax.Array:

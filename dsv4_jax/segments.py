@@ -13,17 +13,24 @@ from dsv4_jax.config import DeepseekV4Config, LayerSpec
 from dsv4_jax.layers.attention import AttentionOptions
 from dsv4_jax.layers.kv_cache import Cache, split_layer, trim
 from dsv4_jax.layers.layout import Layout
+from dsv4_jax.partition import Partition
 
 Params = dict[str, Any]
 Record = dict[str, Any]
 
+STREAMS = ("batch", "seq", None, None)  # logical axes of [B, S, n, D]
+
 
 class Batch(NamedTuple):
-    """What every block may look at: token ids [B, S], the tokens that count [B, S], and the layout of documents."""
+    """What every block may look at: token ids [B, S], the tokens that count [B, S], and the layout of documents.
+
+    expert_ids: experts given to the learned routers: [B, S, L, k] of all of them, inside a block its own [B, S, k].
+    """
 
     tokens: jax.Array
     counted: jax.Array
     layout: Layout
+    expert_ids: jax.Array | None = None
 
 
 class Options(NamedTuple):
@@ -34,6 +41,7 @@ class Options(NamedTuple):
     keep_all: bool
     remat: bool
     unroll: int | bool
+    partition: Partition
 
 
 def run_segment(
@@ -52,12 +60,15 @@ def run_segment(
     states = {name: cache.states[name] for name in names} if cache is not None else None
     pools = {name: cache.pools[name] for name in names} if cache is not None else None
 
-    def unit(carry: tuple[jax.Array, Any], stacked: tuple[Params, Any, jax.Array]) -> tuple[Any, Any]:
-        (streams, pools), (params, states, layer) = carry, stacked
+    given = given_experts(config, number, batch.expert_ids)
+
+    def unit(carry: tuple[jax.Array, Any], stacked: tuple[Params, Any, Any, jax.Array]) -> tuple[Any, Any]:
+        (streams, pools), (params, states, given, layer) = carry, stacked
         records, new_states, new_pools = [], {}, {}
         for i, (graph, name) in enumerate(zip(graphs, names, strict=True)):
             past = cache and cache.layer(segment.unit[i], states[name], pools[name], layer)
-            streams, record, past = nnx.merge(graph, params[str(i)])(streams, batch, options, past)
+            own = batch._replace(expert_ids=given.get(i))
+            streams, record, past = nnx.merge(graph, params[str(i)])(streams, own, options, past)
             records.append(record)
             if past is not None:
                 state, new_pools[name] = split_layer(past)
@@ -66,9 +77,9 @@ def run_segment(
 
     body = jax.checkpoint(unit) if options.remat else unit
     if isinstance(params, list):
-        (streams, pools), (stacked, states) = _loop(body, (streams, pools), params, states)
+        (streams, pools), (stacked, states) = _loop(body, (streams, pools), params, (states, given))
     else:
-        xs = (params, states, jnp.arange(segment.repeats, dtype=jnp.int32))
+        xs = (params, states, given, jnp.arange(segment.repeats, dtype=jnp.int32))
         (streams, pools), (stacked, states) = jax.lax.scan(body, (streams, pools), xs, unroll=options.unroll)
     if cache is not None:
         cache = replace(cache, states=cache.states | states, pools=cache.pools | pools)
@@ -76,12 +87,39 @@ def run_segment(
     return streams, [take(record, i) for i in range(segment.repeats) for record in stacked], cache
 
 
-def _loop(body: Any, carry: Any, params: list[Params], states: Any) -> tuple[Any, Any]:
+def given_experts(config: DeepseekV4Config, number: int, expert_ids: jax.Array | None) -> dict[int, jax.Array]:
+    """From expert_ids [B, S, L, k] those of a segment, [repeats, B, S, k], by the place in its unit; {} without any."""
+    if expert_ids is None:
+        return {}
+    learned = [[i for i, spec in enumerate(s.unit) if spec.routing == "moe"] for s in config.segments]
+    before = sum(s.repeats * len(places) for s, places in zip(config.segments[:number], learned, strict=False))
+    places = learned[number]
+    by_layer = jnp.moveaxis(expert_ids, 2, 0)[before : before + config.segments[number].repeats * len(places)]
+    return {i: by_layer[rank :: len(places)] for rank, i in enumerate(places)}
+
+
+def check_expert_ids(config: DeepseekV4Config, tokens: jax.Array, mtp: bool, expert_ids: jax.Array | None) -> None:
+    """Raises ValueError unless `expert_ids` is None or has a choice for each learned router that runs."""
+    blocks = config.layers + (config.mtp_layers[:1] if mtp else ())
+    routers = sum(spec.routing == "moe" for spec in blocks)
+    wanted = (*tokens.shape, routers, config.num_experts_per_tok)
+    if expert_ids is not None and expert_ids.shape != wanted:
+        raise ValueError(f"expert_ids has shape {expert_ids.shape}; for {routers} learned routers it must be {wanted}")
+
+
+def learned_choices(config: DeepseekV4Config, layers: list[Record]) -> jax.Array:
+    """[B, S, L, k]: what the learned routers chose, from the `Output.layers` of a forward with `record=True`."""
+    blocks = config.layers + config.mtp_layers[:1]
+    routed = [layer["expert_ids"] for spec, layer in zip(blocks, layers, strict=False) if spec.routing == "moe"]
+    return jnp.stack(routed, axis=2)
+
+
+def _loop(body: Any, carry: Any, params: list[Params], stacked: Any) -> tuple[Any, Any]:
     """What `lax.scan` does, over parameters that lie apart: no layer's weights are ever sliced out of a stack."""
     outputs = []
     for layer, own in enumerate(params):
-        state = jax.tree.map(lambda x, layer=layer: x[layer], states)
-        carry, output = body(carry, (own, state, jnp.int32(layer)))
+        state, given = jax.tree.map(lambda x, layer=layer: x[layer], stacked)
+        carry, output = body(carry, (own, state, given, jnp.int32(layer)))
         outputs.append(output)
     return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outputs)
 

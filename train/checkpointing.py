@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -146,9 +146,10 @@ class Checkpoints:
         """Closes itself at the end of a ``with`` block."""
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """See `close`."""
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        """See `close`. After an error in one process of several nothing is waited for: the others may never come."""
+        if error is None or jax.process_count() == 1:
+            self.close()
 
     def _writer(self) -> ocp.CheckpointManager:
         """The writing manager, made at the first save: opening it clears away what killed saves left half-written."""
@@ -197,15 +198,19 @@ class Checkpoints:
 
 
 def load_params(
-    folder: str | os.PathLike, step: int | None = None, *, abstract_params: PyTree | None = None
+    folder: str | os.PathLike,
+    step: int | None = None,
+    *,
+    abstract_params: PyTree | Callable[[dict[str, Any]], PyTree] | None = None,
 ) -> tuple[dict[str, Any], PyTree]:
     """Reads only the parameters of the newest good checkpoint, or of `step`: for sampling and evaluation.
 
     Args:
       folder: the folder given to `Checkpoints`; a run may be writing to it.
       step: this step and no other.
-      abstract_params: shapes, dtypes and shardings wanted, as in `Checkpoints.restore`. Without it nothing about the
-        model need be known: the result is nested dicts by name, each array whole on the first device.
+      abstract_params: shapes, dtypes and shardings wanted, as in `Checkpoints.restore`, or a function that makes them
+        of the config. Without it nothing about the model need be known: the result is nested dicts by name, each array
+        whole on the first device.
 
     Returns:
       ``(config, params)``, the former being ``host["config"]`` of the save.
@@ -217,9 +222,15 @@ def load_params(
         values, record = newest_good(absolute(folder), step, lambda record: records.abstract(record, "params"))
         params = records.nested(values).get("params")
     else:
-        targets = records.named({"params": abstract_params})
-        values, record = newest_good(absolute(folder), step, lambda record: records.matched(record, targets, "params"))
-        params = jax.tree.unflatten(jax.tree.structure(abstract_params), values.values())
+        wanted: list[PyTree] = []
+
+        def targets(record: Record) -> dict[str, jax.ShapeDtypeStruct]:
+            made = abstract_params(record["host"]["config"]) if callable(abstract_params) else abstract_params
+            wanted[:] = [made]
+            return records.matched(record, records.named({"params": made}), "params")
+
+        values, record = newest_good(absolute(folder), step, targets)
+        params = jax.tree.unflatten(jax.tree.structure(wanted[0]), values.values())
     if params is None or "config" not in record["host"]:
         raise CheckpointError(f"step {record['step']} of {folder} was saved without params or without host['config']")
     return record["host"]["config"], params

@@ -12,10 +12,12 @@ import numpy as np
 
 from dsv4_jax import model
 from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.partition import ALONE, Partition
 from train.data.pipeline import Batch, bits_per_byte, heldout_batches
 from train.data.retrieval import RecallScore, RecallTask, recall_batches
 from train.data.tokens import TokenStore
 from train.losses import LOGIT_ELEMENTS, shifted_targets
+from train.placement import Placement
 
 Attention = Literal["dense", "sparse"]
 Scores = dict[str, jax.Array]
@@ -30,6 +32,7 @@ class Evaluator:
         seq_len: tokens of a row.
         batch_size: rows of a batch.
         forward: `model.forward`, possibly with dtype and policy filled in.
+        placement: where parameters and batches lie; every process scores every batch.
     """
 
     def __init__(
@@ -39,10 +42,14 @@ class Evaluator:
         seq_len: int,
         batch_size: int,
         forward: Callable[..., model.Output] = model.forward,
+        placement: Placement | None = None,
     ):
         """See the class."""
         self.config, self.store, self.seq_len, self.batch_size = config, store, seq_len, batch_size
-        self._scores = {mode: jax.jit(partial(scores, config, forward, mode)) for mode in ("dense", "sparse")}
+        self.placement = placement or Placement(ALONE, config)
+        whole: dict[str, Any] = {} if self.placement.whole is None else {"out_shardings": self.placement.whole}
+        self._scores = {mode: jax.jit(partial(self._placed_scores, mode), **whole) for mode in ("dense", "sparse")}
+        self._forward = forward
 
     def heldout(self, params: Any, attention: Attention, documents: int | None = None) -> dict[str, float]:
         """Bits per byte of the (first `documents`) held-out documents, "heldout_bpb"; dense also "index_recall".
@@ -69,6 +76,10 @@ class Evaluator:
     def _run(self, params: Any, attention: Attention, batch: Batch) -> Scores:
         return self._scores[attention](params, batch["tokens"], batch["segment_ids"])
 
+    def _placed_scores(self, attention: Attention, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> Scores:
+        params = self.placement.computing(params)
+        return scores(self.config, self._forward, attention, params, tokens, segment_ids, self.placement.partition)
+
 
 def scores(
     config: DeepseekV4Config,
@@ -77,6 +88,7 @@ def scores(
     params: Any,
     tokens: jax.Array,
     segment_ids: jax.Array,
+    partition: Partition = ALONE,
 ) -> Scores:
     """What one batch [B, S] gives.
 
@@ -88,16 +100,15 @@ def scores(
     dense = attention == "dense"
     out = forward(config, params, tokens, segment_ids=segment_ids, attention=attention, logits=False, index_loss=dense)
     targets, weights = shifted_targets(tokens, segment_ids, 1)
-    hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
-    nats, predicted = _nats_and_best(hidden, model.output_matrix(params), targets.reshape(-1))
-    found = {"nats": (nats * weights.reshape(-1)).sum(), "predicted": predicted.reshape(tokens.shape)}
+    nats, predicted = partition.token_values(_nats_and_best, model.output_matrix(params), out.hidden, targets)
+    found = {"nats": (nats * weights).sum(), "predicted": predicted}
     if indexed := [layer["index_loss"] for layer in out.layers if "index_loss" in layer]:
         found["recall"] = jnp.stack([jnp.where(loss.counts, loss.recall, 0.0).sum() for loss in indexed]).sum()
         found["seeing"] = jnp.stack([loss.counts.sum() for loss in indexed]).sum()
     return found
 
 
-def _nats_and_best(hidden: jax.Array, matrix: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _nats_and_best(matrix: jax.Array, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy and most likely token of each of N rows, in chunks: no [N, V] logits are held."""
     narrow = matrix.astype(hidden.dtype)
 

@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
-import functools
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from dsv4_jax.analysis.count import activated_parameters, total_parameters
 from dsv4_jax.config import DeepseekV4Config
-from dsv4_jax.config_json import to_released_json
-from train.checkpointing import Checkpoints
-from train.data.pipeline import TrainBatches
+from dsv4_jax.partition import ALONE, Partition
+from sharding.distributed import first_then_others, from_first
+from train.checkpointing import CheckpointError, Checkpoints
+from train.data.ahead import ReadAhead
 from train.data.tokens import TokenStore, default_cache
 from train.evaluate import Evaluator
-from train.flops import training_flops_per_token
-from train.metrics import Meter, MetricsWriter, Progress, device_peak, measured_matmul_peak
+from train.interruptions import RunLog, Termination
+from train.metrics import Progress, device_peak, measured_matmul_peak
 from train.recipe import Recipe, Stage
 from train.report import finish
+from train.rollback import begin_rollback, episode_after, finish_rollback
 from train.run_data import check_recall, describe, open_store, recall_task, stage_batches
 from train.run_folder import RunFolder
+from train.stability import Watch
+from train.stage_run import Programs, StageRun, Undo
 from train.state import TrainState
-from train.step import StepPlan, make_train_step
+from train.step import StepPlan
 
 
-def train(recipe: Recipe, out: str | Path, *, cache: str | Path | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, out: str | Path, *, cache: str | Path | None = None, partition: Partition = ALONE
+) -> dict[str, Any]:
     """Runs a recipe to its end, from the newest good checkpoint in `out` if the folder holds this very run.
 
     Args:
         recipe: what to do.
         out: the run folder.
         cache: where token files are kept; the user's cache folder by default.
+        partition: how the run lies on devices (`train.placement.place`).
 
     Returns:
         The summary that is also written to `summary.json`.
@@ -48,14 +54,16 @@ def train(recipe: Recipe, out: str | Path, *, cache: str | Path | None = None) -
     """
     config = recipe.check()
     folder = RunFolder(out)
-    resuming = folder.check(recipe)
-    run = Run(recipe, config, folder)
+    resuming = from_first(lambda: folder.check(recipe))
+    run = Run(recipe, config, folder, partition)
+    for stage in recipe.stages:
+        run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):
         run.say(_headline(recipe, config, folder, resuming))
-        store = open_store(recipe, config, cache)
+        store = first_then_others(lambda: open_store(recipe, config, cache))
         check_recall(recipe, store)
         folder.begin(recipe, config)
-        folder.bind_data(store)
+        from_first(lambda: folder.bind_data(store))
         run.say(f"data: {describe(store)}")
     with Checkpoints(folder.checkpoints, keep=recipe.cadence.keep) as checkpoints:
         with run.phase("set-up"):
@@ -73,18 +81,50 @@ def _all_stages(
     checkpoints: Checkpoints,
     evaluators: Evaluators,
 ) -> TrainState:
+    """From `state` to the end of the run; after a loss spike the same again, from an older checkpoint."""
     recipe, first, say = run.recipe, int(state.step), run.say
-    with (
-        MetricsWriter(run.folder.root, resume_step=first) as writer,
-        Progress(recipe.steps, first_step=first, total_tokens=recipe.tokens) as progress,
-    ):
-        run.say = progress.note if jax.process_index() == 0 else say
-        for index, start in _stages_from(recipe, first):
-            batches = stage_batches(recipe, store, index, int(state.step) - start, host)
-            state = StageRun(run, checkpoints, writer, progress, evaluators).run(state, index, start, batches)
-        progress.update(writer.flush())
+    programs, undo, speaks = Programs(run), None, jax.process_index() == 0
+    newest = partial(_newest, checkpoints)
+    shown = {"first_step": first, "total_tokens": recipe.tokens, "stream": None if speaks else io.StringIO()}
+    with Progress(recipe.steps, **shown) as progress, Termination() as termination:
+        run.say = progress.note if speaks else say
+        watch = Watch(recipe.stability, run.say, newest)
+        while undo is not None or int(state.step) < recipe.steps:
+            if undo is not None:
+                del state
+                state, host = _rolled_back(run, checkpoints, watch, undo)
+            watch.set_state(host.get("stability", {}))
+            with RunLog(run.folder.root, int(state.step), newest) as log:
+                stages = StageRun(run, checkpoints, log, progress, evaluators, programs, watch, termination)
+                state, undo = _stages_from(stages, store, state, host)
+                progress.update(log.flush())
     run.say = say
     return state
+
+
+def _stages_from(
+    stages: StageRun, store: TokenStore, state: TrainState, host: dict[str, Any]
+) -> tuple[TrainState, Undo | None]:
+    """All stages that still have steps to do, until a spike is to be undone."""
+    recipe, undo = stages.shared.recipe, None
+    while undo is None and (step := int(state.step)) < recipe.steps:
+        index, start = recipe.stage_at(step)
+        batches = stage_batches(recipe, store, index, step - start, host, stages.shared.plan.placement)
+        ahead = ReadAhead(batches, f"the text {recipe.data.corpus!r}", recipe.cadence.data_timeout)
+        try:
+            state, undo = stages.run(state, index, start, ahead)
+        finally:
+            ahead.close()
+    return state, undo
+
+
+def _rolled_back(run: Run, checkpoints: Checkpoints, watch: Watch, undo: Undo) -> tuple[TrainState, dict[str, Any]]:
+    """The state and host values of an older checkpoint, from which anticipatory routing sets out."""
+    with run.phase("rollback"):
+        run.say(f"{undo.spike}: back to the checkpoint of step {undo.target:,}")
+        watch.begin_episode(undo.target, undo.spike)
+        begin_rollback(run.folder, checkpoints, undo.target, watch.episode)
+        return _restored(run, checkpoints)
 
 
 @dataclass
@@ -94,6 +134,7 @@ class Run:
     recipe: Recipe
     config: DeepseekV4Config
     folder: RunFolder
+    partition: Partition = ALONE
     seconds: dict[str, float] = field(default_factory=dict)
     say: Callable[..., None] = print
 
@@ -106,9 +147,9 @@ class Run:
     def plan(self) -> StepPlan:
         """What the recipe means for a step."""
         r = self.recipe
-        return StepPlan(self.config, r.schedule(), r.decay_start, r.optimizer, r.losses, r.precision)
+        return StepPlan(self.config, r.schedule(), r.decay_start, r.optimizer, r.losses, r.precision, self.partition)
 
-    @functools.cached_property
+    @cached_property
     def peak_flops(self) -> float | None:
         """Of the accelerators by their data sheets; of a CPU, whose kinds no table knows, as measured."""
         return measured_matmul_peak(seconds=0.5) if jax.default_backend() == "cpu" else device_peak()
@@ -135,7 +176,9 @@ class Evaluators:
         """For rows of `length` tokens."""
         if length not in self._made:
             rows = self.run.recipe.cadence.eval_batch_size
-            self._made[length] = Evaluator(self.run.config, self.store, length, rows, self.run.plan.forward())
+            self._made[length] = Evaluator(
+                self.run.config, self.store, length, rows, self.run.plan.forward(), self.run.plan.placement
+            )
         return self._made[length]
 
     def measure(self, params: Any, stage: Stage) -> dict[str, float]:
@@ -149,104 +192,35 @@ class Evaluators:
         return found
 
 
-@dataclass
-class StageRun:
-    """The steps of one stage."""
-
-    shared: Run
-    checkpoints: Checkpoints
-    writer: MetricsWriter
-    progress: Progress
-    evaluators: Evaluators
-
-    def run(self, state: TrainState, index: int, start: int, batches: TrainBatches) -> TrainState:
-        """From `state` to the end of stage `index`, which began at step `start`."""
-        recipe = self.shared.recipe
-        stage, before = recipe.stages[index], sum(s.tokens for s in recipe.stages[:index])
-        step = compiled_step(self.shared, stage, state)
-        flops = training_flops_per_token(self.shared.config, stage.sequence_length, stage.kind)
-        tokens, meter, held = stage.batch_size * stage.sequence_length, Meter(self.shared.peak_flops), None
-
-        def log(held: tuple[int, dict[str, Any]] | None) -> None:
-            """Waits for a step, while the next one runs, and writes its line."""
-            if held is not None:
-                done, metrics = held[0], jax.block_until_ready(held[1])
-                seen = {"stage": stage.name, "tokens": before + (done - start) * tokens}
-                self.progress.update(self.writer.write(done, metrics | seen | meter.tick(tokens, flops)))
-
-        for done in range(int(state.step) + 1, start + stage.steps + 1):
-            with self.shared.phase("training"), jax.profiler.StepTraceAnnotation("train", step_num=done):
-                state, metrics = step(state, to_device(next(batches)))
-                log(held)
-                held = done, metrics
-            last, cadence = done == recipe.steps, recipe.cadence
-            looks, saves = _due(done, cadence.eval_every) and not last, _due(done, cadence.checkpoint_every) or last
-            if looks or saves or done == start + stage.steps:
-                with self.shared.phase("training"):
-                    log(held)
-                    held = None
-            if looks:
-                self.evaluate(done, state, stage)
-            if saves:
-                self.save(done, state, batches)
-            if held is None:
-                meter.pause()
-        return state
-
-    def evaluate(self, done: int, state: TrainState, stage: Stage) -> None:
-        """Adds held-out measurements to the line of step `done`."""
-        with self.shared.phase("evaluation"):
-            self.writer.write(done, self.evaluators.measure(state.params, stage))
-
-    def save(self, done: int, state: TrainState, batches: TrainBatches) -> None:
-        """Starts a checkpoint; the log is written out first, so that no step before it can be missing."""
-        with self.shared.phase("checkpoints"):
-            self.progress.update(self.writer.flush())
-            config = to_released_json(self.shared.config)
-            self.checkpoints.save(done, state, {"config": config, "data": batches.get_state()})
-
-
-def compiled_step(run: Run, stage: Stage, state: TrainState) -> Any:
-    """The stage's step, compiled before the first batch, so that its time is seen and said."""
-    shape = jax.ShapeDtypeStruct((stage.batch_size, stage.sequence_length), jnp.int32)
-    run.say(f"compiling the {stage.name} step: {stage.batch_size} x {stage.sequence_length} tokens ({stage.kind}) ...")
-    began = time.perf_counter()
-    with run.phase("compilation"):
-        # From shapes, so that a restored state finds the program of a fresh one in the compilation cache.
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        jitted: Any = make_train_step(run.plan, stage.kind, stage.microbatches)
-        step = jitted.lower(abstract, {"tokens": shape, "segment_ids": shape}).compile()
-    run.say(f"compiled in {time.perf_counter() - began:.1f} s")
-    return step
-
-
-def to_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """What a step reads of a batch."""
-    return {name: jnp.asarray(batch[name]) for name in ("tokens", "segment_ids")}
-
-
 def use_compilation_cache(cache: str | Path | None = None) -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told of another place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(cache or default_cache()) / "compiled"))
 
 
-def _stages_from(recipe: Recipe, step: int) -> Iterator[tuple[int, int]]:
-    """(index, first step) of each stage that still has steps to do."""
-    start = 0
-    for index, stage in enumerate(recipe.stages):
-        if step < start + stage.steps:
-            yield index, start
-        start += stage.steps
-
-
 def _restored_or_new(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
-    plan, seed = run.plan, run.recipe.seed
+    finish_rollback(run.folder, checkpoints)
     if not checkpoints.steps:
-        return jax.jit(plan.init, static_argnums=0)(seed), {}
-    step, state, host = checkpoints.restore(jax.eval_shape(lambda: plan.init(seed)))
-    run.say(f"resuming after step {step:,} of {run.recipe.steps:,}")
+        return run.plan.make_state(run.recipe.seed), {}
+    state, host = _restored(run, checkpoints)
+    run.say(f"resuming after step {int(state.step):,} of {run.recipe.steps:,}")
     return state, host
+
+
+def _restored(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """The newest good checkpoint; if a rollback led to it, its host values say so."""
+    step, state, host = checkpoints.restore(run.plan.abstract_state())
+    if (episode := episode_after(run.folder, step)) is not None:
+        host["stability"] = host.get("stability", {}) | {"episode": episode}
+    return state, host
+
+
+def _newest(checkpoints: Checkpoints) -> int | None:
+    """The newest checkpoint, for an error's words; where one process speaks for several, it cannot wait for a save."""
+    if jax.process_count() == 1:
+        with suppress(CheckpointError):
+            checkpoints.wait()
+    return max(checkpoints.steps, default=None)
 
 
 def _headline(recipe: Recipe, config: DeepseekV4Config, folder: RunFolder, resuming: bool) -> str:
@@ -254,9 +228,6 @@ def _headline(recipe: Recipe, config: DeepseekV4Config, folder: RunFolder, resum
     size = "{:,.1f}M parameters ({:,.1f}M activated)".format(*millions)
     doing = "resuming" if resuming else "new run"
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    devices += f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     work = f"{recipe.steps:,} steps, {recipe.tokens:,} tokens, on {devices}"
     return f"{recipe.name}: {recipe.about}\n{doing} in {folder.root}: {size}, {work}"
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

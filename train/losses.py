@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from dsv4_jax import model
 from dsv4_jax.config import CSA, DeepseekV4Config
 from dsv4_jax.layers.layout import make_layout
+from dsv4_jax.partition import ALONE, Partition
 
 Batch = dict[str, jax.Array]
 Parts = dict[str, jax.Array]
@@ -185,6 +187,7 @@ def training_loss(
     mtp_weight: jax.Array | float,
     forward: Callable[..., model.Output] = model.forward,
     share: float = 1.0,
+    partition: Partition = ALONE,
 ) -> tuple[jax.Array, Parts]:
     """The loss of one microbatch, as its part of the whole batch's: the parts of all microbatches add up.
 
@@ -201,6 +204,7 @@ def training_loss(
         mtp_weight: of the MTP loss at this step.
         forward: `model.forward`, possibly with dtype, rematerialisation and policy filled in.
         share: this microbatch's share of the batch's rows, for the balance loss (a mean over rows).
+        partition: how tokens lie on devices.
 
     Returns:
         (loss, parts): float32 scalars "ce", "mtp", "balance", "index_kl", "index_recall" where computed; "load" [L, E],
@@ -217,6 +221,7 @@ def training_loss(
         index_loss=objective.index_loss,
         logits=False,
         mtp=mtp,
+        partition=partition,
     )
     parts: Parts = {
         "load": jnp.stack([layer["load"] for layer in out.layers]),
@@ -224,11 +229,11 @@ def training_loss(
     }
     loss = jnp.zeros((), jnp.float32)
     if objective.language:
-        matrix = model.output_matrix(params)
-        parts["ce"] = _mean_cross_entropy(out.hidden, matrix, tokens, segment_ids, 1, totals.ce)
+        mean_ce = partial(_mean_cross_entropy, partition, model.output_matrix(params), tokens, segment_ids)
+        parts["ce"] = mean_ce(out.hidden, 1, totals.ce)
         loss += parts["ce"]
         if out.mtp_hidden is not None:
-            parts["mtp"] = _mean_cross_entropy(out.mtp_hidden, matrix, tokens, segment_ids, 2, totals.mtp)
+            parts["mtp"] = mean_ce(out.mtp_hidden, 2, totals.mtp)
             loss += mtp_weight * parts["mtp"]
         if learned := learned_blocks(config):
             parts["balance"] = share * jnp.stack([out.layers[i]["balance"] for i in learned]).mean()
@@ -249,11 +254,19 @@ def _blocks_run(config: DeepseekV4Config) -> tuple[Any, ...]:
     return config.layers + config.mtp_layers[:1]
 
 
-def _mean_cross_entropy(hidden, matrix, tokens, segment_ids, shift: int, total: jax.Array) -> jax.Array:
+def _mean_cross_entropy(
+    partition: Partition,
+    matrix: jax.Array,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    hidden: jax.Array,
+    shift: int,
+    total: jax.Array,
+) -> jax.Array:
     with jax.named_scope("cross_entropy"):
         targets, counted = shifted_targets(tokens, segment_ids, shift)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return chunked_cross_entropy(flat, matrix, targets.reshape(-1), counted.reshape(-1)) / jnp.maximum(total, 1)
+        sums = lambda matrix, hidden, *rest: chunked_cross_entropy(hidden, matrix, *rest)  # noqa: E731
+        return partition.token_sums(sums, matrix, hidden, targets, counted) / jnp.maximum(total, 1)
 
 
 def _mean_over(losses: list[Any], field: str, totals: tuple[jax.Array, ...]) -> jax.Array:

@@ -52,6 +52,18 @@ def orthogonalize_all(arrays: Sequence[jax.Array], *, dtype: jax.typing.DTypeLik
     return [_unwide(y, x) for y, x in zip(results, arrays, strict=True)]
 
 
+def orthogonalize_columns(stack: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """`orthogonalize` of [columns, devices, rows, cols], rows <= cols, column by column.
+
+    The second axis is spread over devices: a piece is some columns of it whole, so that every device works on its own
+    matrices.
+    """
+    matrix = math.prod(stack.shape[2:])
+    piece = max(1, min(PIECE_MATRICES, PIECE_ELEMENTS // matrix))
+    step = partial(_newton_schulz, dtype=dtype)
+    return step(stack) if stack.shape[0] <= piece else jax.lax.map(step, stack, batch_size=_many(piece))
+
+
 def _wide(x: jax.Array) -> jax.Array:
     """[..., rows, cols] as [matrices, smaller, larger], in FP32 at least."""
     if x.ndim < 2:

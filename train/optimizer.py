@@ -21,6 +21,7 @@ from train.newton_schulz import orthogonalize, orthogonalize_all
 __all__ = ["MuonState", "OptimizerConfig", "make_optimizer", "orthogonalize", "scale_by_muon", "update_rms"]
 
 Tree = Any  # a nested dict of arrays, facts or booleans
+Orthogonalizer = Callable[[list[jax.Array], list[Fact], Any], list[jax.Array]]
 
 # Adam squares the gradient. In FP32, with subnormals flushed as XLA does on CPUs, the second moment of a gradient below
 # 5e-19 is zero, and its first moment over eps = 1e-20 alone would be an update of up to 48. (Scaling gradient and eps
@@ -65,6 +66,7 @@ def make_optimizer(
     config: OptimizerConfig = OptimizerConfig(),
     *,
     trainable: Tree | Callable[[Fact], bool] | None = None,
+    orthogonalize: Orthogonalizer | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer of FP32 master weights: W <- W (1 - lr * decay) - lr * O, with O from Muon or AdamW.
 
@@ -78,6 +80,7 @@ def make_optimizer(
         config: the numbers.
         trainable: which parameters move, as booleans in the structure of the parameters or as a predicate on `Fact`;
             all others get an update of exactly zero and do not count for clipping. None: all move.
+        orthogonalize: of Muon, for parameters on many devices (`train.spread_muon`). None: on one device.
 
     Raises:
         ValueError: from here or from `init`, if facts and parameters disagree or a parameter is not FP32 (or FP64).
@@ -85,7 +88,7 @@ def make_optimizer(
     moves = _moves(facts, trainable)
     labels = jax.tree.map(lambda fact: fact.optimizer, facts)
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "muon": scale_by_muon(config, _only(moves, labels, "muon")),
+        "muon": scale_by_muon(config, _only(moves, labels, "muon"), _only(facts, labels, "muon"), orthogonalize),
         "adamw": _scale_by_adam(config, _only(moves, labels, "adamw")),
         "none": optax.set_to_zero(),
     }
@@ -99,7 +102,12 @@ def make_optimizer(
     )
 
 
-def scale_by_muon(config: OptimizerConfig, moves: Tree | None = None) -> optax.GradientTransformation:
+def scale_by_muon(
+    config: OptimizerConfig,
+    moves: Tree | None = None,
+    facts: Tree = None,
+    orthogonalize: Orthogonalizer | None = None,
+) -> optax.GradientTransformation:
     """Muon's update before decay and learning rate: M = mu M + G, then rms sqrt(max(rows, cols)) NS(mu M + G).
 
     `optax.contrib.scale_by_muon` is not used because three of its points differ from Algorithm 1: its momentum is a
@@ -109,6 +117,8 @@ def scale_by_muon(config: OptimizerConfig, moves: Tree | None = None) -> optax.G
     Args:
         config: the numbers.
         moves: booleans in the structure of the parameters; the others keep their momentum and get zero. None: all.
+        facts: of the parameters, which only `orthogonalize` reads.
+        orthogonalize: `(arrays, facts, dtype) -> arrays`; by default `newton_schulz.orthogonalize_all`.
     """
 
     def init(params: Tree) -> MuonState:
@@ -120,7 +130,7 @@ def scale_by_muon(config: OptimizerConfig, moves: Tree | None = None) -> optax.G
         mu = config.momentum
         momentum = jax.tree.map(lambda move, g, m: mu * m + g if move else m, mask, updates, state.momentum)
         nesterov = jax.tree.map(lambda g, m: mu * m + g, updates, momentum)
-        return _scaled_directions(nesterov, mask, config), MuonState(momentum)
+        return _scaled_directions(nesterov, mask, config, facts, orthogonalize), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)
 
@@ -139,11 +149,18 @@ def _rms(arrays: list[jax.Array]) -> jax.Array:
     return jnp.sqrt(squares / sum(x.size for x in arrays))
 
 
-def _scaled_directions(nesterov: Tree, moves: Tree, config: OptimizerConfig) -> Tree:
+def _scaled_directions(
+    nesterov: Tree, moves: Tree, config: OptimizerConfig, facts: Tree, orthogonalize: Orthogonalizer | None
+) -> Tree:
     leaves, structure = jax.tree.flatten(nesterov)
     moving = jax.tree.leaves(moves)
     dtype = jnp.bfloat16 if config.newton_schulz_dtype == "bfloat16" else None
-    directions = iter(orthogonalize_all([x for x, move in zip(leaves, moving, strict=True) if move], dtype=dtype))
+    moved = [x for x, move in zip(leaves, moving, strict=True) if move]
+    if orthogonalize is None:
+        directions = iter(orthogonalize_all(moved, dtype=dtype))
+    else:
+        chosen = [fact for fact, move in zip(jax.tree.leaves(facts), moving, strict=True) if move]
+        directions = iter(orthogonalize(moved, chosen, dtype))
     return structure.unflatten(
         config.update_rms * math.sqrt(max(x.shape[-2:])) * next(directions) if move else jnp.zeros_like(x)
         for x, move in zip(leaves, moving, strict=True)

@@ -19,6 +19,7 @@ from train.losses import LossWeights
 from train.optimizer import OptimizerConfig
 from train.recipe_json import read_json, recipe_from_json, recipe_to_json, set_values
 from train.schedule import warmup_constant_cosine
+from train.stability import Stability
 from train.step import Kind, Precision
 
 __all__ = ["Recipe", "RecipeError", "find_recipe", "recipe_from_json", "recipe_to_json", "set_values"]
@@ -127,6 +128,7 @@ class Cadence:
         final_documents: held-out documents of the last evaluation, which `xz` compresses as well; None: all.
         eval_batch_size: rows of an evaluation batch.
         recall_rows: recall documents of an evaluation (the last takes four times as many); 0 evaluates no recall.
+        data_timeout: seconds to wait for a batch before the run saves itself and ends; 0 waits for ever.
     """
 
     checkpoint_every: int = 500
@@ -136,6 +138,7 @@ class Cadence:
     final_documents: int | None = None
     eval_batch_size: int = 8
     recall_rows: int = 32
+    data_timeout: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class Recipe:
         losses: weights of the losses.
         precision: compute dtype, rematerialisation.
         cadence: checkpoints and evaluations.
+        stability: what to do about loss spikes and steps that are not finite.
         seed: of parameters and data.
     """
 
@@ -166,6 +170,7 @@ class Recipe:
     losses: LossWeights = LossWeights()
     precision: Precision = Precision()
     cadence: Cadence = Cadence()
+    stability: Stability = Stability()
     seed: int = 0
 
     @property
@@ -282,4 +287,4 @@ def _number_problems(recipe: Recipe) -> list[str]:
         problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
     if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
         problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
-    return problems
+    return problems + recipe.stability.problems()

@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv4_jax.inference.generate import generate
 from dsv4_jax.inference.requests import GenerateOptions
+from sharding.distributed import from_first, whole_on_host
 from train.data.pipeline import xz_bits_per_byte
 from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from train.loop import Evaluators, Run
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
+GATHERED_BYTES = 8 << 30  # of parameters that are brought together for the sample
 
 
 def finish(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> dict[str, Any]:
@@ -28,8 +30,7 @@ def finish(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> 
         run.say("evaluating on held-out text ...")
         summary = {"steps": run.recipe.steps, "tokens": run.recipe.tokens} | measure(run, store, params, evaluators)
     with run.phase("sample and pictures"):
-        prompt, continuation = heldout_sample(run, store, params)
-        summary["sample"] = {"prompt": prompt, "continuation": continuation}
+        summary["sample"] = sample_for_all(run, store, params)
         if jax.process_index() == 0:
             _log(run, summary)
             _draw(run, summary)
@@ -58,6 +59,19 @@ def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) ->
     return found
 
 
+def sample_for_all(run: Run, store: TokenStore, params: Any) -> dict[str, str]:
+    """`heldout_sample` in words; of several processes the first one makes it, from the whole parameters.
+
+    Empty when these are too large to be brought together on every host: `dsv4 generate` makes one at any time.
+    """
+    if jax.process_count() > 1:
+        if sum(x.nbytes for x in jax.tree.leaves(params)) > GATHERED_BYTES:
+            return {}
+        params = whole_on_host(params)
+    prompt, continuation = from_first(lambda: heldout_sample(run, store, params))
+    return {"prompt": prompt, "continuation": continuation}
+
+
 def heldout_sample(run: Run, store: TokenStore, params: Any) -> tuple[str, str]:
     """The beginning of a held-out document, and how the model goes on, as text."""
     document = store.document(int(store.heldout_documents[0]))[:PROMPT_TOKENS]
@@ -84,8 +98,9 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
             f"{run.config.sliding_window}): {summary['retrieval_accuracy']:.1%}, chance "
             f"{summary['retrieval_chance']:.1%}; by distance {far}"
         )
-    prompt, continuation = summary["sample"].values()
-    lines += ["", "a held-out beginning | and how the model goes on:", f"{prompt} | {continuation}"]
+    if summary["sample"]:
+        prompt, continuation = summary["sample"].values()
+        lines += ["", "a held-out beginning | and how the model goes on:", f"{prompt} | {continuation}"]
     total = sum(summary["seconds"].values())
     parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in summary["seconds"].items())
     lines += ["", f"time: {total:.0f} s in this session ({parts})"]

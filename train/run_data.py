@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from dsv4_jax.config import DeepseekV4Config
 from train.data.pipeline import BatchConfig, Rows, TrainBatches
 from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore, prepare
+from train.placement import Placement
 from train.recipe import Recipe, RecipeError
 
 
@@ -76,10 +75,12 @@ def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
     return configs
 
 
-def stage_batches(recipe: Recipe, store: TokenStore, index: int, done: int, host: dict[str, Any]) -> TrainBatches:
-    """The batches of stage `index` from its step `done` on."""
+def stage_batches(
+    recipe: Recipe, store: TokenStore, index: int, done: int, host: dict[str, Any], placement: Placement
+) -> TrainBatches:
+    """The batches of stage `index` from its step `done` on; of each the rows that this process's devices hold."""
     config = batch_configs(recipe, store)[index]
-    batches = TrainBatches(store, config, jax.process_index(), jax.process_count())
+    batches = TrainBatches(store, config, *placement.part(config.batch_size))
     if done:
         batches.set_state(host["data"])
     return batches

@@ -29,7 +29,7 @@ class RunFolder:
         self.checkpoints, self.metrics = self.root / "checkpoints", self.root / "metrics.jsonl"
 
     def check(self, recipe: Recipe) -> bool:
-        """Whether the folder holds this very run (to resume); False when it is new or empty.
+        """Whether the folder holds this very run (to resume); False when it is new or empty. One process asks for all.
 
         Raises:
             RecipeError: when it holds a run with other settings, or files that are no run.

@@ -12,10 +12,15 @@ import jax.numpy as jnp
 import optax
 
 from dsv4_jax import model, weights
-from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.config import CSA, DeepseekV4Config
 from dsv4_jax.facts import Fact
+from dsv4_jax.partition import ALONE, Partition
+from dsv4_jax.segments import learned_choices
+from sharding.partition import MeshPartition
 from train.losses import OBJECTIVES, Batch, LossWeights, Objective, Parts, batch_totals, learned_blocks, training_loss
 from train.optimizer import OptimizerConfig, make_optimizer, update_rms
+from train.placement import Placement
+from train.spread_muon import SpreadMuon
 from train.state import TrainState, add_updates, init_state, join, move_router_biases, split
 
 Metrics = dict[str, jax.Array]
@@ -48,6 +53,7 @@ class StepPlan:
         optimizer: its numbers.
         weights: of the losses.
         precision: see there.
+        partition: how everything lies on devices.
     """
 
     config: DeepseekV4Config
@@ -56,6 +62,12 @@ class StepPlan:
     optimizer: OptimizerConfig = OptimizerConfig()
     weights: LossWeights = LossWeights()
     precision: Precision = Precision()
+    partition: Partition = ALONE
+
+    @property
+    def placement(self) -> Placement:
+        """The shardings of state and batches."""
+        return Placement(self.partition, self.config)
 
     def forward(self) -> Callable[..., model.Output]:
         """`model.forward` with the precision filled in."""
@@ -66,11 +78,23 @@ class StepPlan:
     def transformation(self, kind: Kind = "dense") -> optax.GradientTransformation:
         """The optimizer of a stage; its state has the same structure in every stage."""
         facts = weights.facts(self.config)
-        return make_optimizer(facts, self.learning_rate, self.optimizer, trainable=partial(moves, OBJECTIVES[kind]))
+        trainable = partial(moves, OBJECTIVES[kind])
+        spread = SpreadMuon(self.partition.mesh) if isinstance(self.partition, MeshPartition) else None
+        return make_optimizer(facts, self.learning_rate, self.optimizer, trainable=trainable, orthogonalize=spread)
 
     def init(self, seed: int) -> TrainState:
-        """A fresh state."""
+        """A fresh state; see `make_state` for one on many devices."""
         return init_state(self.config, self.transformation(), seed)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+        return self.placement.placed(jax.eval_shape(lambda: self.init(0)))
+
+    def make_state(self, seed: int) -> TrainState:
+        """A fresh state, made where it lies; the same numbers on every mesh."""
+        shardings = self.placement.state(jax.eval_shape(lambda: self.init(0)))
+        placed = {} if self.placement.mesh_partition is None else {"out_shardings": shardings}
+        return jax.jit(self.init, static_argnums=0, **placed)(seed)
 
 
 def moves(objective: Objective, fact: Fact) -> bool:
@@ -83,9 +107,38 @@ def make_train_step(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callab
 
     `batch` holds "tokens" and "segment_ids", int32 [B, S], with B a multiple of `microbatches`. The microbatches are
     computed one after another and give the gradient of the whole batch: every loss is divided by the whole batch's
-    count of tokens. Metrics are float32 scalars; `StepPlan.init` gives the first state.
+    count of tokens. Metrics are float32 scalars; `StepPlan.init` gives the first state. With "expert_ids" (see
+    `make_router`) the learned routers use those experts instead of their own choice.
+
+    Where the loss or the norm of the gradients is not finite, the returned parameters and optimizer state are the old
+    ones, bit by bit, and "skipped" is 1. Only `state.step` moves, so that the run and its data go on; the learning
+    rate follows the optimizer's own count of the steps that it took.
     """
-    return jax.jit(partial(train_step, plan, kind, microbatches), donate_argnums=0)
+    placed: dict[str, Any] = {}
+    if plan.placement.mesh_partition is not None:
+        placed["out_shardings"] = (plan.placement.state(jax.eval_shape(lambda: plan.init(0))), plan.placement.whole)
+    return jax.jit(partial(train_step, plan, kind, microbatches), donate_argnums=0, **placed)
+
+
+def make_router(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callable[..., jax.Array]:
+    """The jitted `(params, batch) -> expert_ids`, int32 [B, S, L, k]: what the L learned routers choose in a step."""
+    return jax.jit(partial(chosen_experts, plan, kind, microbatches))
+
+
+def chosen_experts(plan: StepPlan, kind: Kind, microbatches: int, params: Any, batch: Batch) -> jax.Array:
+    """See `make_router`."""
+    config, objective = plan.config, OBJECTIVES[kind]
+    mtp = bool(config.mtp_layers) and (objective.language or config.mtp_layers[0].attention == CSA)
+    forward = partial(plan.forward(), attention=objective.attention, logits=False, mtp=mtp, record=True)
+
+    def choose(batch: Batch) -> jax.Array:
+        out = forward(config, params, batch["tokens"], segment_ids=batch["segment_ids"])
+        return learned_choices(config, out.layers)
+
+    if microbatches == 1:
+        return choose(batch)
+    chosen = jax.lax.map(choose, _cut(batch, microbatches))
+    return chosen.swapaxes(0, 1).reshape(-1, *chosen.shape[2:])
 
 
 def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState, batch: Batch):
@@ -94,7 +147,7 @@ def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState,
     mtp_weight = jnp.where(state.step < plan.decay_start, plan.weights.mtp, plan.weights.mtp_decayed)
     gradients, parts = batch_gradients(plan, objective, microbatches, state.params, batch, mtp_weight)
     with jax.named_scope("optimizer"):
-        full = join(gradients, jax.tree.map(jnp.zeros_like, state.params))
+        full = plan.placement.stored(join(gradients, jax.tree.map(jnp.zeros_like, state.params)))
         updates, optimizer = plan.transformation(kind).update(full, state.optimizer, state.params)
         params = add_updates(state.params, updates, facts)
     if objective.language:
@@ -105,7 +158,10 @@ def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState,
     metrics |= {"lr": jnp.asarray(plan.learning_rate(state.step), jnp.float32)}
     metrics |= {"grad_norm": optax.tree.norm(gradients)}
     metrics |= {f"update_rms_{name}": value for name, value in update_rms(updates, facts).items()}
-    return TrainState(state.step + 1, params, optimizer, state.key), metrics
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics |= {"skipped": 1 - finite.astype(jnp.float32)}
+    after = TrainState(state.step + 1, params, optimizer, state.key)
+    return jax.tree.map(partial(jnp.where, finite), after, state._replace(step=after.step)), metrics
 
 
 def batch_gradients(
@@ -121,19 +177,26 @@ def batch_gradients(
 
     def loss(moved: Any, batch: Batch) -> tuple[jax.Array, Parts]:
         share = 1 / microbatches
+        run = partial(forward, expert_ids=batch.get("expert_ids"))
+        params = plan.placement.computing(join(moved, held))
         total, parts = training_loss(
-            config, join(moved, held), batch, totals, objective, plan.weights, mtp_weight, forward, share
+            config, params, batch, totals, objective, plan.weights, mtp_weight, run, share, plan.partition
         )
         return total, parts | {"loss": total}
 
     gradient = jax.grad(loss, has_aux=True)
     if microbatches == 1:
         return gradient(moved, batch)
-    # Strided rows, so that each device's rows of a sharded batch spread evenly over the microbatches.
-    cut = {name: x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1) for name, x in batch.items()}
+    cut = _cut(batch, microbatches)
     shapes = jax.eval_shape(gradient, moved, jax.tree.map(lambda x: x[0], cut))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(lambda sums, batch: (_add(sums, gradient(moved, batch)), None), start, cut)[0]
+
+
+def _cut(batch: Batch, microbatches: int) -> Batch:
+    """[B, ...] as [microbatches, B / microbatches, ...]."""
+    # Strided rows, so that each device's rows of a sharded batch spread evenly over the microbatches.
+    return {name: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
 
 def _add(sums: tuple[Any, Parts], new: tuple[Any, Parts]) -> tuple[Any, Parts]:

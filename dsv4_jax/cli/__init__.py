@@ -17,7 +17,9 @@ COMMANDS = {  # name: module, what it does
         "layer plan, exact parameter counts and cache size of a preset, config.json or folder",
     ),
     "plan": ("dsv4_jax.cli.plan", "whether a deployment fits, how fast it can be and what it costs, in a second"),
+    "compile": ("dsv4_jax.cli.compile", "compile a step for TPU slices or GPU clusters that are not here: what fits"),
     "train": ("dsv4_jax.cli.train", "train a model by a recipe, or resume an interrupted run"),
+    "launch": ("dsv4_jax.cli.launch", "start a command in several processes on this machine, as one job"),
     "generate": ("dsv4_jax.cli.generate", "continue a text with a checkpoint, as it comes"),
     "chat": ("dsv4_jax.cli.chat", "talk with a checkpoint in the release's prompt format"),
     "sample": ("dsv4_jax.cli.generate", "the same as generate"),
@@ -26,7 +28,9 @@ COMMANDS = {  # name: module, what it does
 EXAMPLES = """  dsv4 info v4-pro
   dsv4 info path/to/model-folder
   dsv4 plan v4-flash --context 1M --hardware h200
+  dsv4 compile v4-flash --target h200:1x8 --mode decode --batch 8 --seq 1M
   dsv4 train nano
+  dsv4 launch -n 2 -- train nano
   dsv4 generate runs/nano --prompt 'def main():'
   dsv4 chat runs/nano --system 'Be brief.'
   dsv4 convert runs/nano exported --scheme transformers"""
@@ -46,11 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dsv4: there is no command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        importlib.import_module(COMMANDS[name][0]).main(rest)
+        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
     except (UserError, FileNotFoundError, FileExistsError) as error:
         print(f"dsv4 {name}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def usage() -> str:

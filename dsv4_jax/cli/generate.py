@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import tyro
 
 from dsv4_jax.cli.model_arguments import ModelArguments
 from dsv4_jax.errors import UserError
+from sharding.processes import Processes
 
 if TYPE_CHECKING:
     from dsv4_jax.inference.continuation import Event, TokenLogProb
@@ -25,7 +27,8 @@ Examples:
   dsv4 generate runs/nano --prompt 'class Node:' --n 3 --temperature 0.7 --seed 1
   dsv4 generate runs/nano --prompt 'import os' --temperature 0 --speculative 1 --stop 'def '
   dsv4 generate path/to/model-folder --prompt-file - --max-new-tokens 200 --cache-format deployed < question.txt
-  dsv4 generate runs/nano --prompt 'for i in ' --max-new-tokens 4 --logprobs 3"""
+  dsv4 generate runs/nano --prompt 'for i in ' --max-new-tokens 4 --logprobs 3
+  dsv4 generate path/to/model-folder --prompt 'Once' --strategy expert-tensor --mesh expert=4,tensor=2"""
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,23 @@ class Generate(ModelArguments):
     """How many continuations; with more than one, each is printed when it has ended."""
     logprobs: int | None = None
     """Also list every token's log-probability, and those of so many most likely ones, on stderr."""
+    processes: tyro.conf.OmitArgPrefixes[Processes] = Processes()
+    """The job that this process belongs to."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Parse `arguments`, load, and print as text comes."""
     asked = tyro.cli(Generate, args=list(arguments), prog="dsv4 generate", description=DESCRIPTION)
-    prompt = read_prompt(asked)
+    from sharding.distributed import from_first, job, only_first_speaks
+
+    with job(asked.processes, "generate"), only_first_speaks():
+        prompt = from_first(lambda: read_prompt(asked))
+        seed = from_first(lambda: secrets.randbits(32)) if asked.seed is None else asked.seed
+        write(replace(asked, seed=seed), prompt)
+
+
+def write(asked: Generate, prompt: str) -> None:
+    """Continue `prompt`; every process of a job makes the same tokens."""
     options = asked.options(n=asked.n, stop=asked.stop, logprobs=asked.logprobs)
     engine, tokenizer = asked.open()
     events = engine.stream([[tokenizer.bos_id, *tokenizer.encode(prompt)]], options)

@@ -11,8 +11,11 @@ import tyro
 from dsv4_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from dsv4_jax.api import Shardings
+    from dsv4_jax.config import DeepseekV4Config
     from dsv4_jax.inference.generate import Engine
     from dsv4_jax.inference.requests import GenerateOptions
+    from dsv4_jax.partition import Partition
     from dsv4_jax.tokenizer import Tokenizer
 
 
@@ -44,6 +47,10 @@ class ModelArguments:
     """Of a run: the checkpoint of this step; the newest good one by default."""
     tokenizer: str | None = None
     """bytes, deepseek, or a tokenizer.json; what lies beside the checkpoint by default."""
+    mesh: str | None = None
+    """Devices by axis, as in "expert=4,tensor=2"; -1 stands for the rest. By default the first device alone."""
+    strategy: str | None = None
+    """How parameters and cache lie on the mesh: expert-tensor (default with a mesh), data, fsdp, expert-fsdp."""
 
     def options(self, **more: Any) -> GenerateOptions:
         """What to ask the engine for; `more` replaces or adds."""
@@ -66,8 +73,33 @@ class ModelArguments:
         from train.loop import use_compilation_cache
 
         use_compilation_cache()
-        model = load(self.checkpoint, step=self.step)
+        partition, shardings = self._placed()
+        model = load(self.checkpoint, step=self.step, shardings=shardings)
         tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else model.tokenizer
         if tokenizer is None:
             raise UserError(f"there is no tokenizer.json in {self.checkpoint}: name one with --tokenizer")
-        return Engine(model.config, model.params, tokenizer, self.cache_format, self.speculative), tokenizer
+        options = {"cache_format": self.cache_format, "speculative": self.speculative, "partition": partition}
+        return Engine(model.config, model.params, tokenizer, **options), tokenizer
+
+    def _placed(self) -> tuple[Partition, Shardings | None]:
+        """The partition, and what gives the shardings of an architecture's parameters, checked; on one device none."""
+        import jax
+
+        from dsv4_jax import weights
+        from dsv4_jax.partition import ALONE
+        from sharding.partition import MeshPartition
+        from sharding.rules import check_fit, parameter_shardings
+        from train.placement import place
+
+        if self.mesh is None and self.strategy is None and jax.process_count() == 1:
+            return ALONE, None
+        partition = place(self.mesh, self.strategy or "expert-tensor")
+        assert isinstance(partition, MeshPartition)
+        mesh, strategy = partition.mesh, partition.strategy
+
+        def shardings(config: DeepseekV4Config) -> Any:
+            facts, shapes = weights.facts(config), jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+            check_fit(facts, shapes, strategy, mesh)
+            return parameter_shardings(facts, strategy.parameters, mesh)
+
+        return partition, shardings

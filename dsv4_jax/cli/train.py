@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from dsv4_jax.errors import UserError
+from sharding.processes import Processes
 
 if TYPE_CHECKING:
     from train.recipe import Recipe
@@ -23,7 +24,11 @@ Examples:
   dsv4 train nano --data path/to/texts --out runs/mine
   dsv4 train nano --set learning_rate.peak=2e-3 --set stages.sparse.steps=200
   dsv4 train --recipe my-recipe.json
-  dsv4 train mini --show"""
+  dsv4 train mini --strategy expert-fsdp --mesh expert=4,fsdp=2
+  dsv4 launch -n 2 -- train nano
+  dsv4 train mini --show
+
+Several processes, on one machine or many, are one job: start the same command in each (docs/pods.md)."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,15 @@ class Train:
     """Change one setting, NAME=VALUE by dotted name; can be repeated. Stages go by number or name."""
     cache: str | None = None
     """Where token files and compiled programs are kept; the user's cache folder by default."""
+    mesh: str | None = None
+    """Devices by axis, as in "data=2,expert=4"; -1 stands for the rest. All devices on the strategy's own axis by
+    default."""
+    strategy: str | None = None
+    """How work and weights lie on the mesh: data, fsdp, expert-fsdp, long-context. fsdp on several devices."""
     show: bool = False
     """Print the resolved recipe as JSON, check it, and stop."""
+    processes: tyro.conf.OmitArgPrefixes[Processes] = Processes()
+    """The job that this process belongs to."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -60,14 +72,23 @@ def main(arguments: Sequence[str]) -> None:
     for talkative in ("absl", "jax"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    from sharding.distributed import job
+
+    with job(asked.processes, "train"):
+        run(asked, recipe)
+
+
+def run(asked: Train, recipe: Recipe) -> None:
+    """Train, in this process or as one of several."""
     from train.checkpointing import CheckpointError
     from train.data.manifest import DataMismatchError
     from train.loop import train, use_compilation_cache
+    from train.placement import place
 
     use_compilation_cache(asked.cache)
     out = asked.out or f"runs/{recipe.name}"
     try:
-        train(recipe, out, cache=asked.cache)
+        train(recipe, out, cache=asked.cache, partition=place(asked.mesh, asked.strategy))
     except (CheckpointError, DataMismatchError) as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:

@@ -6,8 +6,9 @@ is compiled once per number of rows, capacity and `Shape`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from dsv4_jax import model
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.inference.sampling import LogProbs, Settings, draw, log_probabilities, weigh
 from dsv4_jax.kernels.chunks import join, split
-from dsv4_jax.layers.kv_cache import Cache
+from dsv4_jax.layers.kv_cache import Cache, init_cache
+from dsv4_jax.partition import ALONE, Partition
+from dsv4_jax.quantization.storage import FormatName
 
 PIECE = 64  # prompt positions whose logits exist at once when their log-probabilities are asked for
 
@@ -27,11 +30,26 @@ class Shape(NamedTuple):
     drafts: tokens that the MTP module proposes per step; 0 decodes plainly.
     top: most likely tokens to report, at least one, or None for no log-probabilities.
     steps: most steps per call.
+    partition: how everything lies on devices.
     """
 
     drafts: int = 0
     top: int | None = None
     steps: int = 16
+    partition: Partition = ALONE
+
+    def settled(self, tree: Any) -> Any:
+        """Caches as the partition has them, each row's part with the row; all else whole on every device."""
+        by_row = lambda x: self.partition.constrain(x, (None, "batch"))  # noqa: E731
+        whole = lambda x: self.partition.constrain(x, ())  # noqa: E731
+
+        def one(x: Any) -> Any:
+            if not isinstance(x, Cache):
+                return whole(x)
+            held = {"states": jax.tree.map(by_row, x.states), "pools": jax.tree.map(by_row, x.pools)}
+            return replace(x, lengths=whole(x.lengths), tables=whole(x.tables), **held)
+
+        return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Cache))
 
 
 class Last(NamedTuple):
@@ -89,6 +107,17 @@ def start(config: DeepseekV4Config, cache: Cache, dtype: jnp.dtype) -> Prompted:
     return Prompted(cache, jnp.zeros((rows, config.vocab_size), bool), Last(jnp.zeros((rows, size), dtype), streams))
 
 
+def unread(
+    config: DeepseekV4Config, shape: Shape, rows: int, capacity: int, cache_format: FormatName, dtype: jnp.dtype
+) -> Prompted:
+    """`start` with an empty cache, made where it lies."""
+
+    def make() -> Prompted:
+        return shape.settled(start(config, init_cache(config, rows, capacity, cache_format), dtype))
+
+    return make() if shape.partition is ALONE else jax.jit(make)()
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def read_chunk(
     config: DeepseekV4Config,
@@ -115,18 +144,19 @@ def read_chunk(
     """
     chunk, following = tokens[:, :-1], tokens[:, 1:]
     before = prompted.cache.lengths
-    out = model.forward(config, params, chunk, cache=prompted.cache, counts=counts, logits=False)
+    partition = shape.partition
+    out = model.forward(config, params, chunk, cache=prompted.cache, counts=counts, logits=False, partition=partition)
     cache = out.cache
     assert cache is not None
     if shape.drafts:
-        _, cache = model.forward_mtp(config, params, out.streams, following, cache, before, known)
+        _, cache = model.forward_mtp(config, params, out.streams, following, cache, before, known, partition=partition)
     ids = jnp.where(jnp.arange(chunk.shape[1]) < counts[:, None], chunk, config.vocab_size)
     seen = jax.vmap(lambda seen, ids: seen.at[ids].set(True, mode="drop"))(prompted.seen, ids)
     fresh = counts > 0
     here = lambda new, old: jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), take(new, counts - 1), old)  # noqa: E731
     last = jax.tree.map(here, Last(out.hidden, out.streams), prompted.last)
     found = None if shape.top is None else _following(params, out.hidden, following, shape.top)
-    return Prompted(cache, seen, last), found
+    return shape.settled((Prompted(cache, seen, last), found))
 
 
 def _following(params: model.Params, hidden: jax.Array, following: jax.Array, top: int) -> LogProbs:
@@ -153,10 +183,13 @@ def first_token(
     drafting = jnp.zeros((len(token), 0), last.hidden.dtype)
     if shape.drafts:
         one, streams, place = (left > 0).astype(jnp.int32), last.streams[:, None], cache.lengths - 1
-        drafting, cache = model.forward_mtp(config, params, streams, token[:, None], cache, place, one)
+        drafting, cache = model.forward_mtp(
+            config, params, streams, token[:, None], cache, place, one, partition=shape.partition
+        )
         drafting = drafting[:, 0]
     rows = Rows(cache, seen, token, left, settings, stops, drafting)
-    return enter(rows, token[:, None], left > 0, jnp.full(len(token), -1), log_probs_of(logits[:, None], token, shape))
+    found = log_probs_of(logits[:, None], token, shape)
+    return shape.settled(enter(rows, token[:, None], left > 0, jnp.full(len(token), -1), found))
 
 
 def empty(rows: int, shape: Shape) -> Emitted:

@@ -17,7 +17,8 @@ from dsv4_jax.inference.speculative import speculative_step
 def plain_step(config: DeepseekV4Config, shape: Shape, params: model.Params, rows: Rows) -> tuple[Rows, Emitted]:
     """One more token for every row that has not ended."""
     active = rows.left > 0
-    out = model.forward(config, params, rows.token[:, None], cache=rows.cache, counts=active.astype(jnp.int32))
+    counts = active.astype(jnp.int32)
+    out = model.forward(config, params, rows.token[:, None], cache=rows.cache, counts=counts, partition=shape.partition)
     assert out.logits is not None and out.cache is not None
     logits = out.logits[:, 0]
     token = draw(weigh(logits, rows.settings, rows.seen), rows.settings, out.cache.lengths)
@@ -45,4 +46,4 @@ def decode(
 
     unfinished = lambda carry: (carry[0] < steps) & (carry[1].left > 0).any()  # noqa: E731
     _, rows, buffer = jax.lax.while_loop(unfinished, one, (jnp.int32(0), rows, buffer))
-    return rows, buffer
+    return shape.settled((rows, buffer))

@@ -22,13 +22,13 @@ import numpy as np
 from dsv4_jax import model, weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
-from dsv4_jax.inference.batch import Emitted, Prompted, Shape, first_token, read_chunk, start
+from dsv4_jax.inference.batch import Emitted, Prompted, Shape, first_token, read_chunk, unread
 from dsv4_jax.inference.continuation import Completion, Continuation, Event, TokenLogProb
 from dsv4_jax.inference.decoding import decode
 from dsv4_jax.inference.requests import GREEDY, GenerateOptions, check_prompt, stack_settings
 from dsv4_jax.inference.sampling import LogProbs
 from dsv4_jax.inference.sharing import fork
-from dsv4_jax.layers.kv_cache import init_cache
+from dsv4_jax.partition import ALONE, Partition
 from dsv4_jax.quantization.storage import FormatName, cache_format
 from dsv4_jax.tokenizer import Tokenizer
 
@@ -60,6 +60,8 @@ class Engine:
         max_rows: continuations computed together; further ones wait.
         rows, capacity: compute exactly so many rows, each with room for so many tokens. Then whatever else is asked for
             at the same time changes no bit of a continuation; by default both are fitted to what is asked.
+        partition: how parameters, which lie so already, and caches lie on devices. In several processes each makes the
+            same calls, with seeds given, and gets the same events.
 
     Raises:
         UserError: for values that the model cannot serve.
@@ -74,6 +76,7 @@ class Engine:
     max_rows: int = 32
     rows: int | None = None
     capacity: int | None = None
+    partition: Partition = ALONE
 
     def __post_init__(self) -> None:
         """Check what does not depend on requests."""
@@ -172,8 +175,8 @@ class Engine:
             row[: len(request.prompt)] = request.prompt
         asking = [request.options for request in requests if request.options.prompt_logprobs]
         shape, found = self._shape(asking), []
-        cache = init_cache(self.config, rows, capacity, self.cache_format)
-        prompted = start(self.config, cache, self.params["embed"].dtype)
+        dtype = self.params["embed"].dtype
+        prompted = unread(self.config, shape, rows, capacity, self.cache_format, dtype)
         for begin in range(0, lengths.max(), chunk):
             counts = np.clip(lengths - begin, 0, chunk)
             known = np.clip(lengths - 1 - begin, 0, chunk)
@@ -205,13 +208,15 @@ class Engine:
             state, emitted = decode(self.config, shape, self.params, state, steps, alive)
             jax.block_until_ready(emitted)
             steps = int(np.clip(CALL_SECONDS * steps / (time.perf_counter() - began), 1, shape.steps))
+            steps = steps if jax.process_count() == 1 else shape.steps  # which all processes have to agree on
 
     def _shape(self, asking: list[GenerateOptions]) -> Shape:
         """What to compile for: `asking` are the requests for log-probabilities, none if there are none."""
         if not asking:
-            return Shape(self.speculative)
+            return Shape(self.speculative, partition=self.partition)
         most = max(options.logprobs or 0 for options in asking)
-        return Shape(self.speculative, min(next(n for n in (1, 5, 20) if n >= most), self.config.vocab_size))
+        top = min(next(n for n in (1, 5, 20) if n >= most), self.config.vocab_size)
+        return Shape(self.speculative, top, partition=self.partition)
 
     def _room(self, request: _Request) -> int:
         """Tokens that a request may come to, rejected drafts included."""

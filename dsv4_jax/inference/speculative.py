@@ -20,9 +20,10 @@ from dsv4_jax.layers.kv_cache import commit
 def speculative_step(config: DeepseekV4Config, shape: Shape, params: model.Params, rows: Rows) -> tuple[Rows, Emitted]:
     """One to `shape.drafts + 1` more tokens for every row that has not ended."""
     active, before = (rows.left > 0).astype(jnp.int32), rows.cache.lengths
-    drafts, proposal = propose(config, shape.drafts, params, rows)
+    drafts, proposal = propose(config, shape, params, rows)
     tokens = jnp.concatenate([rows.token[:, None], drafts], axis=1)
-    out = model.forward(config, params, tokens, cache=rows.cache, counts=active * tokens.shape[1], keep_all=True)
+    keep = {"keep_all": True, "partition": shape.partition}
+    out = model.forward(config, params, tokens, cache=rows.cache, counts=active * tokens.shape[1], **keep)
     assert out.logits is not None and out.cache is not None
     target = weigh_all(out.logits, rows.settings, seen_along(rows.seen, drafts))
     accepted, instead = verify(target, proposal, drafts, rows.settings, before + 1)
@@ -31,13 +32,13 @@ def speculative_step(config: DeepseekV4Config, shape: Shape, params: model.Param
     )
     counts = active * (accepted + 1)
     # The module runs on the main model's streams, now that the tokens behind them are known.
-    hidden, cache = model.forward_mtp(config, params, out.streams, chosen, out.cache, before, counts, keep_all=True)
+    hidden, cache = model.forward_mtp(config, params, out.streams, chosen, out.cache, before, counts, **keep)
     rows = rows._replace(cache=commit(config, cache, counts), drafting=take(hidden, accepted))
     accepted = jnp.where(active > 0, accepted, -1)
     return enter(rows, chosen, counts, accepted, log_probs_of(out.logits, chosen, shape))
 
 
-def propose(config: DeepseekV4Config, drafts: int, params: model.Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
+def propose(config: DeepseekV4Config, shape: Shape, params: model.Params, rows: Rows) -> tuple[jax.Array, jax.Array]:
     """The next tokens by the MTP module: [B, k], and the weighed logits they were drawn from [B, k, V].
 
     Only the first follows from the main model's streams. Further ones take the module's own output in their place, in
@@ -45,11 +46,13 @@ def propose(config: DeepseekV4Config, drafts: int, params: model.Params, rows: R
     """
     active, cache, hidden, seen = (rows.left > 0).astype(jnp.int32), rows.cache, rows.drafting, rows.seen
     tokens, weighed = [], []
-    for number in range(drafts):
+    for number in range(shape.drafts):
         if number:
             streams = jnp.broadcast_to(hidden[:, None, None], (len(hidden), 1, config.hc_mult, hidden.shape[-1]))
             last, place = tokens[-1], rows.cache.lengths + number - 1
-            hidden, cache = model.forward_mtp(config, params, streams, last[:, None], cache, place, active)
+            hidden, cache = model.forward_mtp(
+                config, params, streams, last[:, None], cache, place, active, partition=shape.partition
+            )
             hidden, seen = hidden[:, 0], seen | jax.nn.one_hot(last, seen.shape[1], dtype=bool)
         weighed.append(weigh(model.output_logits(params, hidden), rows.settings, seen))
         tokens.append(draw(weighed[-1], rows.settings, rows.cache.lengths + number + 1, DRAFT))

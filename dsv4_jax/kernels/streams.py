@@ -127,7 +127,7 @@ def sinkhorn(logits: jax.Array, iters: int, eps: float) -> jax.Array:
     """
     _, kernel = _kernel(logits, eps)
     start = _first_factors(kernel, eps)
-    u, v = jax.lax.fori_loop(0, iters - 1, lambda _, uv: _balance(kernel, *uv, eps), start)
+    u, v = jax.lax.fori_loop(0, iters - 1, lambda _, uv: _balance(kernel, uv, eps), start)
     return _matrices(u[:, None] * kernel * v, logits.shape)
 
 
@@ -136,7 +136,7 @@ def _sinkhorn_fwd(logits: jax.Array, iters: int, eps: float):
     start = _first_factors(kernel, eps)
 
     def round_(uv: tuple[jax.Array, jax.Array], _: None):
-        new = _balance(kernel, *uv, eps)
+        new = _balance(kernel, uv, eps)
         return new, (uv, new)
 
     (u, v), rounds = jax.lax.scan(round_, start, length=iters - 1)
@@ -179,8 +179,9 @@ def _first_factors(kernel: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]
     return jnp.ones_like(v), v
 
 
-def _balance(kernel: jax.Array, u: jax.Array, v: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def _balance(kernel: jax.Array, uv: tuple[jax.Array, jax.Array], eps: float) -> tuple[jax.Array, jax.Array]:
     """The factors after one normalisation of rows and one of columns."""
+    u, v = uv
     u = u / (u * _row_sums(kernel * v) + eps)
     return u, v / (v * _column_sums(kernel * u[:, None]) + eps)
 

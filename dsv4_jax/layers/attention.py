@@ -15,7 +15,7 @@ from dsv4_jax.kernels.sparse_attention import gather_attention, merge, range_att
 from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.indexer import Indexer
 from dsv4_jax.layers.kv_cache import LayerCache
-from dsv4_jax.layers.layout import Blocks, Layout
+from dsv4_jax.layers.layout import NOBODY, Blocks, Layout, Neighbours
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
 from dsv4_jax.layers.rotary import Rotation, rotate
@@ -62,11 +62,17 @@ class Attention(nnx.Module):
             self.indexer = Indexer(c, spec.ratio, rngs)
 
     def __call__(
-        self, x: jax.Array, layout: Layout, options: AttentionOptions, past: LayerCache | None = None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        options: AttentionOptions,
+        past: LayerCache | None = None,
+        neighbours: Neighbours = NOBODY,
     ) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
         """x [B, S, D] -> ([B, S, D], record, what this layer remembers).
 
         With a cache the tokens follow those of `past`, whose window, tails and pages come back with their rows added.
+        Where x is a part of its rows, `neighbours` has what tokens need of others: a window, half blocks, entries.
         The record holds "selected" [B, S, k] in CSA layers that chose (-1 unused) and, when asked for, "index_loss".
         """
         c, scale = self.config, self.config.head_dim**-0.5
@@ -79,17 +85,17 @@ class Attention(nnx.Module):
         with jax.named_scope("window"):
             kv = rotate(rms_norm(dense(x, self.wkv[...]), self.kv_norm[...], c.rms_norm_eps), rope)
             kv = options.policy("kv_entry", kv)
-            kv, past = self._remember(kv, layout, past)
-            before = layout.past.lengths if layout.past is not None else None
-            branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale, before)]
+            kv, past = self._remember(neighbours.before(kv, c.sliding_window), layout, past)
+            positions = layout.positions if kv.shape[1] > x.shape[1] else None
+            branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale, positions)]
         record: dict[str, Any] = {}
         blocks = layout.blocks.get(self.spec.ratio)
         if blocks is None:  # a sliding layer, or a row shorter than one block
             out, _ = merge(branches, self.attn_sink[...])
             return self._project(out, head_rope), record, past
         with jax.named_scope("compress"):
-            entries, past = self._compress(x, blocks, options, past)
-        choice, operands, past = self._choose(x, qr, rope, blocks, options, past, record)
+            entries, past = self._compress(x, blocks, options, past, neighbours)
+        choice, operands, past = self._choose(x, qr, rope, blocks, entries, options, past, neighbours, record)
         with jax.named_scope("compressed"):
             if choice is None:
                 branches.append(range_attention(q, entries, blocks.lo, blocks.hi, scale))
@@ -111,11 +117,12 @@ class Attention(nnx.Module):
         return past.storage.decode(rows, kv.dtype), past._replace(window=rows)
 
     def _compress(
-        self, x: jax.Array, blocks: Blocks, options: AttentionOptions, past: LayerCache | None
+        self, x: jax.Array, blocks: Blocks, options: AttentionOptions, past: LayerCache | None, neighbours: Neighbours
     ) -> tuple[jax.Array | Pages, LayerCache | None]:
         """The row's entries [B, T, K], or with a cache the pages of all the sequence's entries."""
         if past is None or past.tail is None or past.pages is None or blocks.places is None:
-            return options.policy("kv_entry", self.compressor(x, blocks)), None
+            entries = options.policy("kv_entry", self.compressor(x, blocks, neighbours))
+            return neighbours.gather(entries, blocks), None
         entries, tail = self.compressor.extend(x, past.tail, blocks)
         pages = past.pages.write(blocks.places, options.policy("kv_entry", entries))
         return pages, past._replace(tail=tail, pages=pages)
@@ -126,22 +133,23 @@ class Attention(nnx.Module):
         qr: jax.Array,
         rope: Rotation,
         blocks: Blocks,
+        entries: jax.Array | Pages,
         options: AttentionOptions,
         past: LayerCache | None,
+        neighbours: Neighbours,
         record: dict[str, Any],
     ) -> tuple[jax.Array | None, IndexOperands | PagedOperands | None, LayerCache | None]:
         """The chosen entries [B, S, k], or None when all visible ones are attended; index operands; the cache."""
         if self.spec.attention != CSA:
             return None, None, past
         # Rows with no more entries than top-k attend them all: choosing would only reorder them.
-        pages = past.index_pages if past is not None else None
-        count = pages.capacity if pages is not None else blocks.starts_document.shape[1]
+        count = entries.capacity if isinstance(entries, Pages) else entries.shape[1]
         sparse = options.mode == "sparse" and count > self.config.index_topk
         if past is None and not sparse and not options.index_loss:
             return None, None, past
         with jax.named_scope("index"):
             if past is None:
-                operands = self.indexer(x, qr, rope, blocks, options.policy)
+                operands = self.indexer(x, qr, rope, blocks, options.policy, neighbours)
             else:  # keys are remembered even where nothing needs choosing yet
                 operands, past = self.indexer.extend(x, qr, rope, blocks, options.policy, past)
             if not sparse:

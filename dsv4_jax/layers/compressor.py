@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.layers.kv_cache import Tail
-from dsv4_jax.layers.layout import Blocks
+from dsv4_jax.layers.layout import NOBODY, Blocks, Neighbours
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
 from dsv4_jax.layers.rotary import rotate
@@ -27,9 +27,11 @@ class Compressor(nnx.Module):
         self.ape = parameter(normal(rngs, (ratio, channels), config), ("block", "kv"), "adamw", role)
         self.norm = parameter(jnp.ones(width), ("kv",), "adamw", role)
 
-    def __call__(self, x: jax.Array, blocks: Blocks) -> jax.Array:
+    def __call__(self, x: jax.Array, blocks: Blocks, neighbours: Neighbours = NOBODY) -> jax.Array:
         """Entries [B, T, width] of x [B, S, D], normalised and rotated, in x's dtype; float32 until the norm."""
-        return self._pool(self._project(x), blocks, x.dtype)
+        reach = self.ratio * self.overlap  # whole blocks reach one block back, others into the block that they end
+        reach += 0 if blocks.tokens is None else self.ratio - 1
+        return self._pool(neighbours.before(self._project(x), reach), blocks, x.dtype)
 
     def extend(self, x: jax.Array, tail: Tail, blocks: Blocks) -> tuple[jax.Array, Tail]:
         """The entries of tokens that follow a tail, and the rows of both."""
@@ -55,14 +57,16 @@ class Compressor(nnx.Module):
 
     def _with_previous(self, values: jax.Array, scores: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Rows of block i: block i-1's first half of the channels, then its own second half; [B, T, 2m, width]."""
-        absent = starts[..., None, None]
-        values = jnp.concatenate(
-            [jnp.where(absent, 0.0, _shift(values[..., : self.width])), values[..., self.width :]], 2
-        )
-        previous = jnp.where(absent, -jnp.inf, _shift(scores[..., : self.width]))
-        return values, jnp.concatenate([previous, scores[..., self.width :]], 2)
+        width, count = self.width, starts.shape[1]
+        absent, own = starts[..., None, None], slice(values.shape[1] - count, None)
+        previous = jnp.where(absent, 0.0, _previous(values[..., :width], count))
+        values = jnp.concatenate([previous, values[:, own, :, width:]], 2)
+        previous = jnp.where(absent, -jnp.inf, _previous(scores[..., :width], count))
+        return values, jnp.concatenate([previous, scores[:, own, :, width:]], 2)
 
 
-def _shift(x: jax.Array) -> jax.Array:
-    """x delayed by one along the entries."""
-    return jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+def _previous(x: jax.Array, count: int) -> jax.Array:
+    """The blocks before the last `count` ones; before the first of all there is nothing."""
+    if x.shape[1] == count:
+        x = jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))
+    return x[:, :count]

@@ -11,7 +11,7 @@ from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands
 from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.kv_cache import LayerCache
-from dsv4_jax.layers.layout import Blocks
+from dsv4_jax.layers.layout import NOBODY, Blocks, Neighbours
 from dsv4_jax.layers.norm import dense
 from dsv4_jax.layers.parameters import normal, parameter
 from dsv4_jax.layers.rotary import Rotation, rotate
@@ -30,15 +30,23 @@ class Indexer(nnx.Module):
         self.weights_proj = parameter(normal(rngs, shape, config), ("embed", "index_heads"), "muon", "indexer")
         self.compressor = Compressor(config, ratio, self.width, overlap=True, role="indexer", rngs=rngs)
 
-    def __call__(self, x: jax.Array, qr: jax.Array, rope: Rotation, blocks: Blocks, policy: Policy) -> IndexOperands:
-        """Operands from the layer input x [B, S, D] and the query latent qr [B, S, rq].
+    def __call__(
+        self,
+        x: jax.Array,
+        qr: jax.Array,
+        rope: Rotation,
+        blocks: Blocks,
+        policy: Policy,
+        neighbours: Neighbours = NOBODY,
+    ) -> IndexOperands:
+        """Operands from the layer input x [B, S, D] and the query latent qr [B, S, rq]; keys are those of whole rows.
 
         Both are detached: the indexer learns from its own loss, and its loss trains only the indexer.
         """
         x, qr = jax.lax.stop_gradient((x, qr))
         queries, weights = self._queries(x, qr, rope)
-        keys = hadamard(self.compressor(x, blocks))
-        return IndexOperands(policy("index_q", queries), policy("index_k", keys), weights)
+        keys = policy("index_k", hadamard(self.compressor(x, blocks, neighbours)))
+        return IndexOperands(policy("index_q", queries), neighbours.gather(keys, blocks), weights)
 
     def extend(
         self, x: jax.Array, qr: jax.Array, rope: Rotation, blocks: Blocks, policy: Policy, past: LayerCache

@@ -7,7 +7,7 @@ their last tokens, so what a query may see is always a contiguous range of entri
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,12 @@ class Blocks(NamedTuple):
     lo, hi [B, S]: query t sees entries lo <= i < hi.
     places [B, T]: with a cache, the number of each new entry in its sequence, -1 while it is incomplete. Then `tokens`
         are rows of (tail, new tokens), and with overlap the first of the T entries is an old one, -1 as well.
+
+    Where the tokens at hand are a part of their rows, T counts the entries whose last tokens they hold, `tokens` are
+    rows of (tokens before, own tokens), with overlap one block stands in front that is only a previous one, and `lo`
+    and `hi` number the entries of the whole row:
+
+    order [B, T']: where entry i of the row lies among the gathered entries of all parts; None when that is i.
     """
 
     tokens: jax.Array | None
@@ -34,6 +40,7 @@ class Blocks(NamedTuple):
     lo: jax.Array
     hi: jax.Array
     places: jax.Array | None = None
+    order: jax.Array | None = None
 
     def gather(self, x: jax.Array, ratio: int) -> jax.Array:
         """[B, S, C] -> [B, T, m, C]."""
@@ -42,6 +49,23 @@ class Blocks(NamedTuple):
         if self.tokens is None:
             return x[:, : count * ratio].reshape(batch, count, ratio, channels)
         return jax.vmap(lambda row, tokens: row[tokens])(x, self.tokens)
+
+
+class Neighbours:
+    """Where the rest of the rows is, for a layer that sees a part of their tokens. This one: there is no rest."""
+
+    def before(self, rows: Any, count: int) -> Any:
+        """Arrays [B, S, ..] of one row per token, behind the `count` rows of the tokens before them."""
+        del count
+        return rows
+
+    def gather(self, entries: jax.Array, blocks: Blocks) -> jax.Array:
+        """The entries [B, T', K] of the whole rows, from those [B, T, K] of this part."""
+        del blocks
+        return entries
+
+
+NOBODY = Neighbours()
 
 
 class Past(NamedTuple):
@@ -106,7 +130,8 @@ def _growing_blocks(positions: jax.Array, ratio: int, overlap: bool, past: Past,
     complete = (entry + 1) * ratio <= (past.lengths + past.counts)[:, None]
     known = past.lengths if past.sealed is None else jnp.maximum(past.lengths, past.sealed)
     places = jnp.where(complete & (entry >= known[:, None] // ratio), entry, -1)
-    hi = (positions + 1) // ratio
+    # Padding behind the real tokens sees no entry that they did not complete.
+    hi = jnp.minimum(positions + 1, (past.lengths + past.counts)[:, None]) // ratio
     return Blocks(rows, entry == 0, rotation(entry * ratio, freqs), jnp.zeros_like(hi), hi, places)
 
 
@@ -136,15 +161,24 @@ def _plain_blocks(positions: jax.Array, ratio: int, freqs: np.ndarray) -> Blocks
 
 
 def _packed_blocks(positions: jax.Array, ratio: int, freqs: np.ndarray) -> Blocks:
-    batch, length = positions.shape
-    count = length // ratio
-    ends = (positions + 1) % ratio == 0
-    hi = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
-    # Scatter each block's last token to its entry; entries no block fills keep the row's first tokens: never visible.
-    slot = jnp.where(ends, hi - 1, count)
-    last = jnp.full((batch, count), ratio - 1, jnp.int32)
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    last = jax.vmap(lambda row, s, t: row.at[s].set(t, mode="drop"))(last, slot, index)
+    # Entries that no block fills take the row's first tokens; they are never visible.
+    last, hi = block_ends(positions, ratio, positions.shape[1] // ratio, unused=ratio - 1)
     first = jnp.take_along_axis(positions, last, axis=1) - (ratio - 1)
     tokens = last[..., None] - (ratio - 1) + jnp.arange(ratio, dtype=jnp.int32)
     return Blocks(tokens, first == 0, rotation(first, freqs), hi - (positions + 1) // ratio, hi)
+
+
+def block_ends(positions: jax.Array, ratio: int, count: int, unused: int) -> tuple[jax.Array, jax.Array]:
+    """Where blocks end among tokens at `positions` [B, S] of their documents.
+
+    Returns:
+        The last token of each of `count` blocks in order [B, count], `unused` behind the last one, and how many blocks
+        have ended at each token [B, S].
+    """
+    batch, length = positions.shape
+    ends = (positions + 1) % ratio == 0
+    ended = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
+    slot = jnp.where(ends, ended - 1, count)
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    last = jnp.full((batch, count), unused, jnp.int32)
+    return jax.vmap(lambda row, s, t: row.at[s].set(t, mode="drop"))(last, slot, index), ended

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.kernels.grouped_matmul import collect, grouped_matmul, make_groups, spread
 from dsv4_jax.layers.norm import dense
 from dsv4_jax.layers.parameters import buffer, normal, parameter
+from dsv4_jax.partition import ALONE, Partition
 
 
 class Routing(NamedTuple):
-    """Which experts each token goes to: expert_ids [N, k] int32, weights [N, k], all scores [N, E], float32."""
+    """Where tokens go: expert_ids [B, S, k] int32; weights [B, S, k] and all scores [B, S, E], float32."""
 
     expert_ids: jax.Array
     weights: jax.Array
@@ -35,8 +37,11 @@ class Gate(nnx.Module):
         else:
             self.bias = buffer(jnp.zeros(c.n_routed_experts), ("experts",), "router")
 
-    def __call__(self, x: jax.Array, tokens: jax.Array) -> Routing:
-        """Route x [N, D]; `tokens` [N] are the token ids of hash routing. Float32 throughout."""
+    def __call__(self, x: jax.Array, tokens: jax.Array, given: jax.Array | None = None) -> Routing:
+        """Route x [B, S, D]; `tokens` [B, S] are the token ids of hash routing. Float32 throughout.
+
+        `given` [B, S, k] replaces a learned router's choice of experts; their weights are those of x all the same.
+        """
         c = self.config
         logits = jnp.dot(
             x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -46,6 +51,8 @@ class Gate(nnx.Module):
             scores = adapt_sharpness(scores, c.adaptive_routing_temperature)
         if hasattr(self, "tid2eid"):
             expert_ids = self.tid2eid[...][tokens]
+        elif given is not None:
+            expert_ids = given
         else:
             biased = jax.lax.stop_gradient(scores) + self.bias[...]
             expert_ids = jax.lax.top_k(biased, c.num_experts_per_tok)[1]
@@ -70,19 +77,70 @@ class Experts(nnx.Module):
         self.w2 = parameter(normal(rngs, narrow, c), (*axes, "mlp", "embed"), "muon", "experts")
 
     def shared(self, x: jax.Array) -> jax.Array:
-        """The shared expert on every token: [N, D] -> [N, D]."""
+        """The shared expert on every token: [B, S, D] -> [B, S, D]."""
         hidden = swiglu(dense(x, self.w1[...]), dense(x, self.w3[...]), self.config.swiglu_limit)
         return dense(hidden, self.w2[...])
 
-    def routed(self, x: jax.Array, routing: Routing) -> jax.Array:
-        """The weighted sum of each token's experts: [N, D] -> [N, D]; no token is dropped."""
-        groups = make_groups(routing.expert_ids, self.w1.shape[0], tile_rows(routing.expert_ids.size, self.w1.shape[0]))
-        rows = spread(x, groups)
-        gate, up = grouped_matmul(rows, self.w1[...], groups), grouped_matmul(rows, self.w3[...], groups)
-        weights = spread_weights(routing.weights, groups.row_of, groups.pair_of)
-        # The routing weight multiplies the hidden activation, before w2, as in the release.
-        hidden = swiglu(gate, up, self.config.swiglu_limit).astype(jnp.float32) * weights[:, None]
-        return collect(grouped_matmul(hidden.astype(x.dtype), self.w2[...], groups), groups)
+    def routed(self, x: jax.Array, routing: Routing, partition: Partition) -> jax.Array:
+        """The weighted sum of each token's experts: [B, S, D] -> [B, S, D]; no token is dropped."""
+        matrices = Matrices(self.w1[...], self.w3[...], self.w2[...])
+        apply = partial(apply_experts, self.config.swiglu_limit)
+        return partition.experts(apply, matrices, x, routing.expert_ids, routing.weights)
+
+
+class Matrices(NamedTuple):
+    """Experts: w1 (gate) and w3 (up) [E, D, I], w2 (down) [E, I, D]."""
+
+    w1: jax.Array
+    w3: jax.Array
+    w2: jax.Array
+
+
+def apply_experts(
+    limit: float, experts: Matrices, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The weighted sum of each token's experts, accumulated in float32.
+
+    Args:
+        limit: clamp of SwiGLU.
+        experts: the matrices.
+        x: [N, D].
+        expert_ids: [N, k]; E, the number of experts, means none.
+        weights: [N, k] float32. They multiply the hidden activation, before w2, as in the release.
+
+    Returns:
+        [N, D] in x's dtype.
+    """
+    count = len(experts.w1)
+    if expert_ids.size <= count // 2:
+        return _pair_by_pair(limit, experts, x, expert_ids, weights)
+    groups = make_groups(expert_ids, count, tile_rows(expert_ids.size, count))
+    rows = spread(x, groups)
+    gate, up = grouped_matmul(rows, experts.w1, groups), grouped_matmul(rows, experts.w3, groups)
+    row_weights = spread_weights(weights, groups.row_of, groups.pair_of)
+    hidden = swiglu(gate, up, limit).astype(jnp.float32) * row_weights[:, None]
+    return collect(grouped_matmul(hidden.astype(x.dtype), experts.w2, groups), groups)
+
+
+def _pair_by_pair(
+    limit: float, experts: Matrices, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """`apply_experts` for so few pairs that hardly two meet in an expert: decoding. Nothing is sorted or padded.
+
+    A step reads each matrix once and multiplies it with one row while it is still in the processor's cache.
+    """
+    count, k = len(experts.w1), expert_ids.shape[1]
+
+    def one(_: None, pair: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        token, expert, weight = pair
+        row = x[token][None]
+        gate, up = dense(row, experts.w1[expert]), dense(row, experts.w3[expert])
+        hidden = swiglu(gate, up, limit).astype(jnp.float32) * jnp.where(expert < count, weight, 0)
+        return None, dense(hidden.astype(x.dtype), experts.w2[expert])[0]
+
+    tokens = jnp.arange(expert_ids.size, dtype=jnp.int32) // k
+    rows = jax.lax.scan(one, None, (tokens, expert_ids.reshape(-1), weights.reshape(-1)))[1]
+    return rows.reshape(-1, k, x.shape[1]).astype(jnp.float32).sum(1).astype(x.dtype)
 
 
 class MoE(nnx.Module):
@@ -94,18 +152,24 @@ class MoE(nnx.Module):
         self.experts = Experts(config, config.n_routed_experts, rngs)
         self.shared_experts = Experts(config, None, rngs)
 
-    def __call__(self, x: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """x [B, S, D], token ids [B, S] -> ([B, S, D], record).
+    def __call__(
+        self,
+        x: jax.Array,
+        tokens: jax.Array,
+        counted: jax.Array,
+        given: jax.Array | None = None,
+        partition: Partition = ALONE,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """x [B, S, D], token ids [B, S], experts given to a learned router [B, S, k] -> ([B, S, D], record).
 
         The record holds "expert_ids" [B, S, k], "load" [E] (pairs per expert) and "balance" (the sequence-wise loss),
         the latter two over the tokens that `counted` [B, S] marks (padding is computed but not counted).
         """
-        flat = x.reshape(-1, x.shape[-1])
         with jax.named_scope("route"):
-            routing = self.gate(flat, tokens.reshape(-1))
+            routing = self.gate(x, tokens, given)
         with jax.named_scope("experts"):
-            out = self.experts.routed(flat, routing) + self.shared_experts.shared(flat)
-        return out.reshape(x.shape), balance_record(routing, counted)
+            out = self.experts.routed(x, routing, partition) + self.shared_experts.shared(x)
+        return out, balance_record(routing, counted)
 
 
 def sqrt_softplus(x: jax.Array) -> jax.Array:
@@ -165,11 +229,10 @@ def balance_record(routing: Routing, counted: jax.Array) -> dict[str, Any]:
     marks = jnp.repeat(counted.astype(jnp.float32), k, axis=1)
     load = jax.vmap(lambda ids, marks: jnp.zeros(experts).at[ids].add(marks))(ids, marks)  # [B, E]
     tokens = jnp.maximum(counted.sum(1, keepdims=True), 1).astype(jnp.float32)
-    scores = routing.scores.reshape(batch, length, experts)
-    mean_share = jnp.where(counted[..., None], shares(scores), 0.0).sum(1) / tokens
+    mean_share = jnp.where(counted[..., None], shares(routing.scores), 0.0).sum(1) / tokens
     balance = (load * experts / (k * tokens) * mean_share).sum(-1).mean()
     return {
-        "expert_ids": routing.expert_ids.reshape(batch, length, k),
+        "expert_ids": routing.expert_ids,
         "load": load.sum(0),
         "balance": balance,
     }
@@ -186,7 +249,7 @@ def _spread_weights_fwd(weights: jax.Array, row_of: jax.Array, pair_of: jax.Arra
 
 
 def _spread_weights_bwd(row_of: jax.Array, d_rows: jax.Array):
-    return d_rows[row_of], None, None
+    return d_rows.at[row_of].get(mode="fill", fill_value=0), None, None
 
 
 spread_weights.defvjp(_spread_weights_fwd, _spread_weights_bwd)

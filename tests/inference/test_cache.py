@@ -298,6 +298,24 @@ def test_only_the_pages_of_the_tokens_seen_are_touched(tiny):
 # Its bytes
 
 
+def poisoned(pool):
+    """The pool with NaN in every entry, as numbers of 8, 16 or 32 bits that decode to one."""
+    if jnp.issubdtype(pool.dtype, jnp.floating):
+        return jnp.full_like(pool, jnp.nan)
+    return jnp.full_like(pool, {1: 0x7F, 2: 0x7FC0, 4: 0x7FC00000}[pool.dtype.itemsize])
+
+
+@pytest.mark.parametrize("format", ["float32", "deployed"])
+def test_the_leavings_of_a_blocks_former_owner_never_show(tiny, format):
+    params, tokens, *_ = tiny
+    step = stepper(TINY)
+    clean = kv_cache.init_cache(TINY, len(tokens), 48, format)
+    dirty = replace(clean, pools=jax.tree.map(poisoned, clean.pools))
+    for chunk in (1, 7):
+        wanted, found = (in_chunks(step, params, tokens, cache, chunk)[0] for cache in (clean, dirty))
+        assert np.isfinite(found).all() and same_bits(wanted, found)
+
+
 def nbytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

@@ -148,8 +148,9 @@ class TrainBatches:
         self._identity = {"data": store.identity, "stage": _plain(asdict(config))}
         share = config.batch_size // process_count
         source = _Share(self.rows, config.batch_size, process_index * share, share)
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(ahead))
+        # `ReadAhead` reads in the background: grain's threads would keep a process alive whose source has stalled.
+        at_once = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(at_once))
         self.step = 0
 
     def __iter__(self) -> TrainBatches:
@@ -168,7 +169,7 @@ class TrainBatches:
         return self.rows.offset(self.step * self.rows.config.batch_size)
 
     def close(self) -> None:
-        """Stops reading ahead; call it before the iterator of the next stage is made."""
+        """Lets go of the iterator."""
         self._iterator.close()
 
     def get_state(self) -> dict[str, Any]:

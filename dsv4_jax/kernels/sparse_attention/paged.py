@@ -27,6 +27,7 @@ def range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) -> 
         def add_tile(i: jax.Array, seen: Branch) -> Branch:
             index, keys = pages.tile(i, columns, q.dtype)
             visible = (index >= i * columns * pages.per_block) & (index < hi[..., None])
+            keys = _clean(keys, index < hi.max(1, keepdims=True))
             return _join(seen, attend_keys(q, keys, visible, scale))
 
         nothing = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
@@ -43,10 +44,15 @@ def gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: floa
 
     def one(args: tuple[jax.Array, jax.Array]) -> Branch:
         q, choice = args
-        return attend_keys(q, pages.read_entries(choice, q.dtype), choice >= 0, scale)
+        return attend_keys(q, _clean(pages.read_entries(choice, q.dtype), choice >= 0), choice >= 0, scale)
 
     chunk = chunk_length(length, batch * indices.shape[-1] * max(heads, width))
     return join(jax.lax.map(one, (split(q, chunk), split(indices, chunk, fill=-1))), length)
+
+
+def _clean(keys: jax.Array, seen: jax.Array) -> jax.Array:
+    """Keys [.., K], zero where nobody sees them: a block may still hold its former owner's NaN, and 0 * NaN is NaN."""
+    return jnp.where(seen[..., None], keys, 0)
 
 
 def _join(a: Branch, b: Branch) -> Branch:

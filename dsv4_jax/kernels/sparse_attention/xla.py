@@ -22,17 +22,18 @@ def window_attention(
     segment_ids: jax.Array | None,
     window: int,
     scale: float,
-    before: jax.Array | None = None,
+    positions: jax.Array | None = None,
 ) -> Branch:
     """Each query of q [B, S, H, K] attends the last `window` tokens of its own document, itself included.
 
     Args:
         q: queries [B, S, H, K].
-        kv: one entry per token [B, S, K]; with `before` the W entries of earlier tokens come first, [B, W + S, K].
+        kv: one entry per token [B, S, K]; with `positions` the W entries of earlier tokens come first, [B, W + S, K].
         segment_ids: [B, S] documents as runs of equal ids, or None for one document a row.
         window: W.
         scale: factor of the scores.
-        before: how many earlier tokens there were, [B]; where fewer than W, the first entries are empty.
+        positions: [B, S] of the queries in their documents, in place of `segment_ids`: of the earlier entries a query
+            sees as many as its document has earlier tokens.
 
     Returns:
         Output [B, S, H, K] and log-sum-exp [B, S, H] float32.
@@ -41,25 +42,24 @@ def window_attention(
     block = min(window, length)
     # Blocks of W queries see their own block and the one before: the band costs twice its area at any length.
     blocks = split(q, block)  # [N, B, W, H, K]
-    if before is None:
-        earlier = block
-        ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
-        keys, query_ids = _own_and_previous(split(kv, block)), split(ids, block, fill=-1)  # [N, B, 2W, K]
-        key_ids = _own_and_previous(query_ids, fill=-2)
-    else:
-        earlier = window
-        empty = jnp.arange(window + length) < window - before[:, None]
-        keys, key_ids = _with_earlier(kv, block, window), _with_earlier(jnp.where(empty, -2, 0), block, window)
-        query_ids = jnp.zeros((blocks.shape[0], batch, block), jnp.int32)
+    earlier = block if positions is None else window
     distance = jnp.arange(block)[:, None] + earlier - jnp.arange(earlier + block)
     band = (distance >= 0) & (distance < window)
+    if positions is None:
+        ids = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        keys, query_ids = _own_and_previous(split(kv, block)), split(ids, block, fill=-1)  # [N, B, 2W, K]
+        facts = (query_ids, _own_and_previous(query_ids, fill=-2))
+        same_document = lambda query_ids, key_ids: query_ids[..., None] == key_ids[..., None, :]  # noqa: E731
+    else:
+        keys, facts = _with_earlier(kv, block, window), (split(positions, block, fill=-1),)
+        same_document = lambda position: distance <= position[..., None]  # noqa: E731
 
     def one(args: tuple[jax.Array, ...]) -> Branch:
-        q, keys, query_ids, key_ids = args
-        return _attend(q, keys, band & (query_ids[..., None] == key_ids[..., None, :]), scale)
+        q, keys, *facts = args
+        return _attend(q, keys, band & same_document(*facts), scale)
 
     at_once = chunk_length(blocks.shape[0], batch * block * heads * (earlier + block))
-    return join(jax.lax.map(one, (blocks, keys, query_ids, key_ids), batch_size=at_once), length)
+    return join(jax.lax.map(one, (blocks, keys, *facts), batch_size=at_once), length)
 
 
 def range_attention(q: jax.Array, entries: jax.Array, lo: jax.Array, hi: jax.Array, scale: float) -> Branch:

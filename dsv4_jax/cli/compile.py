@@ -1,0 +1,189 @@
+"""`dsv4 compile`: compile the real step for a machine that is not here, and say what it needs and moves."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from dsv4_jax.cli.info import find_config
+from dsv4_jax.cli.plan import parse_tokens
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from sharding.aot import Program, Report
+    from sharding.rules import Strategy
+    from sharding.targets import Target
+
+DESCRIPTION = """Compile the real step with the real compiler for TPU slices and GPU clusters that are not here: libtpu
+for TPUs, the CUDA plugin for GPUs; `pip install 'dsv4-jax[aot]'` brings both. Prints, per chip: memory and whether it
+fits, FLOPs, bytes of each collective by mesh axis, bounds of the step's time, and what to change first if it does not
+fit.
+
+Examples:
+  dsv4 compile nano --target v5e:2x4 --batch 16 --seq 512
+  dsv4 compile v4-flash --target v5p:4x8x8 --mesh expert=64,fsdp=4 --batch 256 --seq 4K
+  dsv4 compile v4-flash --target h200:1x8 --mode decode --batch 8 --seq 1M
+  dsv4 compile v4-pro --target tpu7x:8x8x8 --mode prefill --batch 64 --seq 128K --chunk 4096
+  dsv4 compile v4-flash --target h200:32x8 --strategy fsdp --batch 256 --seq 4K --json"""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Arguments of `dsv4 compile`."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")]
+    """A preset (v4-pro, v4-flash, nano, mini, small), a config.json, or a folder that holds one."""
+    target: Annotated[str, tyro.conf.arg(metavar="CHIP:SHAPE")]
+    """v5e:16x16, v5p:8x8x16, v6e:16x16 or tpu7x:4x4x4 (chips along each axis), h100:1x8, h200:2x8 or b200:2x8 (hosts x
+    GPUs per host)."""
+    strategy: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """one, data, fsdp, expert-fsdp, expert-tensor or long-context; by default expert-fsdp to train and expert-tensor
+    otherwise."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="AXES")] = None
+    """For example expert=64,fsdp=4; one size may be -1. By default as many devices on the strategy's axis as fit."""
+    mode: Literal["train", "prefill", "decode"] = "train"
+    """An optimizer step, a chunk of a prompt, or one token of every sequence."""
+    batch: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """Sequences over all devices."""
+    seq: Annotated[str, tyro.conf.arg(metavar="TOKENS")] = "4K"
+    """Tokens of a row, or of room in the cache: a number, 128K (x 1,024) or 1M (x 1,048,576)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of matrix products, and of weights outside training, whose masters are always float32."""
+    cache: Literal["deployed", "bfloat16", "float32"] = "deployed"
+    """Format of the cache: deployed is FP8 with FP4 indexer keys."""
+    chunk: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 4096
+    """Tokens that a prefill step reads of each prompt."""
+    kind: Literal["dense", "indexer_warmup", "sparse"] = "sparse"
+    """Stage of training."""
+    microbatches: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Parts of a training batch that are computed one after another."""
+    remat: Literal["block", "none"] = "block"
+    """In training, whether activations of a block are recomputed in the backward pass."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse `arguments`, compile, and print."""
+    asked = tyro.cli(Compile, args=list(arguments), prog="dsv4 compile", description=DESCRIPTION)
+    from sharding.aot import compile_for
+
+    with progress() as say:
+        say("finding the compiler")
+        program, target, mesh = check(asked)
+        found = compile_for(program, target, mesh, say)
+    show(asked, found, Console())
+
+
+def check(asked: Compile) -> tuple[Program, Target, Mesh]:
+    """The program that `asked` describes, and the machine; everything that can be refused is refused here.
+
+    Raises:
+        UserError: for whatever cannot be met, with what can.
+    """
+    config = find_config(asked.model)
+    length = _tokens(asked)
+    if min(asked.batch, asked.chunk, asked.microbatches) < 1:
+        raise UserError("--batch, --chunk and --microbatches are numbers from 1 on")
+    if asked.batch % asked.microbatches:
+        raise UserError(f"--microbatches {asked.microbatches} does not divide --batch {asked.batch}")
+    from sharding.targets import parse_target, prepare
+
+    target = parse_target(asked.target)
+    prepare()
+    from sharding.rules import find_strategy
+
+    strategy = find_strategy(asked.strategy or ("expert-fsdp" if asked.mode == "train" else "expert-tensor"))
+    mesh = find_mesh(asked, config, strategy, target)
+    return make_program(asked, config, strategy, mesh, length), target, mesh
+
+
+def _tokens(asked: Compile) -> int:
+    try:
+        return parse_tokens(asked.seq)
+    except UserError as error:
+        raise UserError(str(error).replace("--context", "--seq")) from None
+
+
+def find_mesh(asked: Compile, config: DeepseekV4Config, strategy: Strategy, target: Target) -> Mesh:
+    """The mesh that was asked for, or the first of `default_meshes` that the machine's wiring allows."""
+    from sharding.mesh import make_mesh, parse_mesh
+
+    devices = target.devices()
+    texts = [asked.mesh] if asked.mesh else default_meshes(config, strategy, len(devices))
+    for text in texts:
+        sizes = parse_mesh(text, len(devices))
+        try:
+            return make_mesh(sizes, devices)
+        except NotImplementedError:
+            continue
+    raise UserError(
+        f"mesh {texts[0]!r} does not lie on {target.text}: each of its axes must be a product of the slice's axes. "
+        "Choose other sizes with --mesh, or another slice"
+    )
+
+
+def default_meshes(config: DeepseekV4Config, strategy: Strategy, devices: int) -> list[str]:
+    """Meshes for all devices, best first: one axis, or as many devices as divide the experts and the rest elsewhere."""
+    if strategy.grows != "expert":
+        return [f"{strategy.grows}=-1"]
+    rest = "fsdp" if any("fsdp" in axes for axes in strategy.parameters.values()) else "tensor"
+    fitting = [n for n in range(devices, 0, -1) if devices % n == 0 and config.n_routed_experts % n == 0]
+    return [f"expert={n},{rest}=-1" for n in fitting]
+
+
+def make_program(asked: Compile, config: DeepseekV4Config, strategy: Strategy, mesh: Mesh, length: int) -> Program:
+    """The program of a mode, after checking that everything divides."""
+    import jax
+
+    from dsv4_jax import weights
+    from dsv4_jax.cli import compile_programs as programs
+    from sharding.partition import MeshPartition
+    from sharding.rules import check_fit
+
+    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+    rows = asked.batch // asked.microbatches
+    tokens = {"train": length, "prefill": min(asked.chunk, length), "decode": 0}[asked.mode]
+    check_fit(weights.facts(config), shapes, strategy, mesh, rows, tokens)
+    partition = MeshPartition(mesh, strategy)
+    setting = programs.Setting(config, mesh, strategy, partition, asked.batch, length, asked.dtype)
+    if asked.mode == "train":
+        return programs.train_program(setting, asked.kind, asked.remat == "block", asked.microbatches)
+    if asked.mode == "prefill":
+        return programs.prefill_program(setting, asked.cache, asked.chunk)
+    return programs.decode_program(setting, asked.cache)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done and for how long; plain lines where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        started = time.monotonic()
+        yield lambda what: print(f"{time.monotonic() - started:6.1f} s  {what}", file=sys.stderr, flush=True)
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what: bar.update(task, description=what)
+
+
+def show(asked: Compile, found: Report, console: Console) -> None:
+    """Print the report, as tables or as JSON."""
+    from dsv4_jax.cli import compile_report
+
+    if asked.json:
+        print(json.dumps(compile_report.as_json(found), indent=2))
+    else:
+        compile_report.show(asked.model, found, console)

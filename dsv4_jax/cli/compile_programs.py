@@ -1,0 +1,197 @@
+"""The three programs that `dsv4 compile` compiles, as functions of abstract arrays that lie on a mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from dsv4_jax import model, weights
+from dsv4_jax.analysis.flops import attention_products, matrix_products, token_products
+from dsv4_jax.analysis.serving import v4_serving
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.facts import Fact
+from dsv4_jax.layers.kv_cache import Cache, init_cache
+from dsv4_jax.partition import Partition
+from dsv4_jax.shapes import is_table, keeps_float32
+from sharding.aot import Program, device_bytes
+from sharding.rules import Strategy, parameter_shardings, spec
+from train.flops import training_flops_per_token
+from train.optimizer import OptimizerConfig
+from train.step import Kind, Precision, StepPlan, make_train_step
+
+Tree = Any
+IN_BFLOAT16 = OptimizerConfig(newton_schulz_dtype="bfloat16")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all programs of one request share.
+
+    Attributes:
+        config: the architecture.
+        mesh: the devices.
+        strategy: where arrays lie.
+        partition: what the model asks about layout.
+        batch: sequences, over all devices.
+        length: tokens of a row in training, of room in the cache otherwise.
+        dtype: of matrix products, and of the weights of inference.
+    """
+
+    config: DeepseekV4Config
+    mesh: Mesh
+    strategy: Strategy
+    partition: Partition
+    batch: int
+    length: int
+    dtype: str = "bfloat16"
+
+    def sharding(self, *axes: str | None) -> NamedSharding:
+        """Of an activation with these logical axes."""
+        return NamedSharding(self.mesh, spec(self.strategy.activations, axes, self.mesh))
+
+    @property
+    def row_shards(self) -> int:
+        """Parts into which the rows of a batch are cut."""
+        return math.prod(self.mesh.shape[axis] for axis in self.strategy.activations.get("batch", ()))
+
+    def array(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        """An abstract activation."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(*axes))
+
+
+def train_program(
+    setting: Setting,
+    kind: Kind = "sparse",
+    remat: bool = True,
+    microbatches: int = 1,
+    optimizer: OptimizerConfig = IN_BFLOAT16,
+) -> Program:
+    """One optimizer step: float32 masters and optimizer state, donated; a batch of whole rows."""
+    config = setting.config
+    precision = Precision("bfloat16" if setting.dtype == "bfloat16" else "float32", "block" if remat else "none")
+    plan = StepPlan(
+        config, optax.constant_schedule(1e-4), 1 << 30, optimizer, precision=precision, partition=setting.partition
+    )
+    state = plan.abstract_state()
+    tokens = setting.array((setting.batch, setting.length), jnp.int32, "batch", "seq")
+    batch = {"tokens": tokens, "segment_ids": tokens}
+    repeats = sum(segment.repeats for segment in config.segments) if remat else config.num_hidden_layers
+    return Program(
+        name=f"train ({kind})",
+        function=make_train_step(plan, kind, microbatches),
+        arguments=(state, batch),
+        parts={"parameters": state.params, "optimizer": state.optimizer, "batch": batch},
+        within={
+            "gradients, float32": device_bytes(on_mesh(setting, state.params, setting.strategy.parameters)),
+            "streams kept for the backward pass": repeats * _stream_bytes(setting) // microbatches,
+        },
+        flops=training_flops_per_token(config, setting.length, kind) * setting.batch * setting.length,
+        recomputed=4 / 3 if remat else 1.0,
+    )
+
+
+def decode_program(setting: Setting, cache_format: str = "deployed") -> Program:
+    """The next token of every sequence, greedily, with `setting.length` tokens of room in the cache."""
+    config, batch = setting.config, setting.batch
+
+    def step(params: Tree, cache: Cache, token: jax.Array) -> tuple[jax.Array, Cache | None]:
+        out = model.forward(config, params, token, cache=cache, partition=setting.partition)
+        assert out.logits is not None
+        return out.logits.argmax(-1).astype(jnp.int32), out.cache
+
+    tokens = setting.array((batch, 1), jnp.int32, "batch", None)
+    products = token_products(config, setting.length, "bf16", cache_format)
+    flops = batch * sum(product.flops for product in products)
+    return _cached_program(setting, "decode", step, tokens, cache_format, flops, batch)
+
+
+def prefill_program(setting: Setting, cache_format: str = "deployed", chunk: int = 4096) -> Program:
+    """The last `chunk` tokens of prompts of `setting.length` tokens into the cache, and the token that follows."""
+    config, chunk = setting.config, min(chunk, setting.length)
+
+    def step(params: Tree, cache: Cache, tokens: jax.Array) -> tuple[jax.Array, Cache | None]:
+        out = model.forward(config, params, tokens, cache=cache, logits=False, partition=setting.partition)
+        return model.output_logits(params, out.hidden[:, -1]).argmax(-1).astype(jnp.int32), out.cache
+
+    tokens = setting.array((setting.batch, chunk), jnp.int32, "batch", "seq")
+    products = matrix_products(config, "bf16") + attention_products(config, setting.length, cache_format)
+    count = setting.batch * chunk
+    flops = sum(p.flops * (setting.batch if p.component == "head" else count) for p in products)
+    return _cached_program(setting, f"prefill of {chunk:,} tokens", step, tokens, cache_format, flops, count)
+
+
+def _cached_program(
+    setting: Setting, name: str, step: Any, tokens: Any, cache_format: str, flops: float, count: int
+) -> Program:
+    params, cache = inference_parameters(setting), abstract_cache(setting, cache_format)
+    held = {"parameters": params, "cache": cache}
+    serving = v4_serving(setting.config, setting.length, "bf16", cache_format)
+    routed = device_bytes(_chosen(params, weights.facts(setting.config), lambda fact: "experts" in fact.axes[:-1]))
+    others = device_bytes(params) - routed
+    read = others + routed * (1 - (1 - serving.chosen) ** count) + serving.read * setting.batch / setting.row_shards
+    return Program(
+        name=name,
+        function=jax.jit(step, donate_argnums=1, out_shardings=(None, jax.tree.map(lambda x: x.sharding, cache))),
+        arguments=(params, cache, tokens),
+        parts=held,
+        flops=flops,
+        traffic=read,
+        tokens=count,
+    )
+
+
+def inference_parameters(setting: Setting) -> Tree:
+    """Abstract parameters as a checkpoint loads them: in `setting.dtype`, what must stay float32 excepted."""
+    config = setting.config
+
+    def one(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        kept = is_table(name) or keeps_float32(name)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else jnp.dtype(setting.dtype))
+
+    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+    return on_mesh(setting, jax.tree_util.tree_map_with_path(one, shapes), setting.strategy.parameters)
+
+
+def abstract_cache(setting: Setting, cache_format: str) -> Cache:
+    """An abstract cache: what belongs to a row lies where the row does, and so do the blocks that the rows own."""
+    cache = jax.eval_shape(partial(init_cache, setting.config, setting.batch, setting.length, cache_format))
+    by_row, second = setting.sharding("batch"), setting.sharding(None, "batch")
+    place = lambda tree, sharding: jax.tree.map(  # noqa: E731
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+    return replace(
+        cache,
+        lengths=place(cache.lengths, by_row),
+        tables=place(cache.tables, by_row),
+        states=place(cache.states, second),
+        pools=place(cache.pools, second),
+    )
+
+
+def on_mesh(setting: Setting, params: Tree, rules: Mapping[str, tuple[str, ...]]) -> Tree:
+    """Abstract parameters as a table of rules places them."""
+    shardings = parameter_shardings(weights.facts(setting.config), rules, setting.mesh)
+    put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(put, params, shardings)
+
+
+def _stream_bytes(setting: Setting) -> int:
+    """Bytes of the residual streams [B, S, n, D] on one device."""
+    streams = (setting.batch, setting.length, setting.config.hc_mult, setting.config.hidden_size)
+    return device_bytes(setting.array(streams, jnp.dtype(setting.dtype), "batch", "seq"))
+
+
+def _chosen(tree: Tree, facts: Tree, wanted: Any) -> Tree:
+    def one(leaf: Any, fact: Fact) -> Any:
+        return leaf if wanted(fact) else None
+
+    return jax.tree.map(one, tree, facts)

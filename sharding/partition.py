@@ -1,0 +1,93 @@
+"""The model's questions about layout, answered for a mesh and a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv4_jax.layers.attention import Attention, AttentionOptions
+from dsv4_jax.layers.kv_cache import LayerCache
+from dsv4_jax.layers.layout import Layout
+from dsv4_jax.partition import ExpertFunction, Partition
+from sharding import context_parallel
+from sharding.expert_parallel import HEADROOM, TENSOR, dispatch_experts
+from sharding.rules import Strategy, spec, used_axes
+
+
+@dataclass(frozen=True)
+class MeshPartition(Partition):
+    """Constraints on activations; experts by all-to-all; attention over a context axis.
+
+    Attributes:
+        mesh: the devices.
+        strategy: the rules.
+        headroom: of `expert_parallel`, the capacity of its first round over an owner's mean load.
+    """
+
+    mesh: Mesh
+    strategy: Strategy
+    headroom: float = HEADROOM
+
+    def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """See `Partition.constrain`; a dimension that does not divide is left to the compiler."""
+        partition = spec(self.strategy.activations, axes, self.mesh, x.shape)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition))
+
+    def experts(
+        self, apply: ExpertFunction, matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """See `Partition.experts`."""
+        if self.mesh.size == 1:
+            return super().experts(apply, matrices, x, expert_ids, weights)
+        rows = self._rows(x)
+        return dispatch_experts(self.mesh, rows, apply, matrices, x, expert_ids, weights, self.headroom)
+
+    def attention(
+        self, layer: Attention, x: jax.Array, layout: Layout, options: AttentionOptions, past: LayerCache | None
+    ) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
+        """See `Partition.attention`.
+
+        Without a cache every device works on its own tokens with the layer's whole weights, so that no loop over
+        queries ever walks over other devices' rows. With a cache, or with heads spread over a tensor axis, the
+        compiler partitions the layer.
+        """
+        if past is not None or self.mesh.shape[TENSOR] > 1:
+            return super().attention(layer, x, layout, options, past)
+        if any(self.mesh.shape[axis] > 1 for axis in self.strategy.activations.get("seq", ())):
+            return *context_parallel.attention(self.mesh, self.strategy, layer, x, layout, options), None
+        graph, state = nnx.split(layer)
+
+        def own_rows(weights: Any, x: jax.Array, layout: Layout) -> tuple[jax.Array, dict[str, Any]]:
+            out, record, _ = nnx.merge(graph, weights)(x, layout, options)
+            return out, record
+
+        rows = PartitionSpec(*self._rows(x)[:1])
+        specs = PartitionSpec(), rows, rows
+        mapped = jax.shard_map(own_rows, mesh=self.mesh, in_specs=specs, out_specs=(rows, rows), check_vma=False)
+        return *mapped(nnx.to_pure_dict(state), x, layout), None
+
+    def token_sums(self, apply: Callable[..., jax.Array], whole: jax.Array, *tokens: jax.Array) -> jax.Array:
+        """See `Partition.token_sums`: every device walks over its own tokens, and the sums are added up."""
+        axes = used_axes(self._rows(tokens[0]))
+        summed = lambda *args: jax.lax.psum(super(MeshPartition, self).token_sums(apply, *args), axes)  # noqa: E731
+        return self._on_own_tokens(summed, PartitionSpec(), whole, tokens)
+
+    def token_values(self, apply: Callable[..., Any], whole: jax.Array, *tokens: jax.Array) -> Any:
+        """See `Partition.token_values`: every device walks over its own tokens."""
+        values = partial(super().token_values, apply)
+        return self._on_own_tokens(values, self._rows(tokens[0]), whole, tokens)
+
+    def _on_own_tokens(self, apply: Callable[..., Any], out: PartitionSpec, whole: Any, tokens: Any) -> Any:
+        rows = self._rows(tokens[0])
+        specs = PartitionSpec(), *(rows,) * len(tokens)
+        return jax.shard_map(apply, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)(whole, *tokens)
+
+    def _rows(self, x: jax.Array) -> PartitionSpec:
+        """How [B, S, ..] lies on the mesh."""
+        return spec(self.strategy.activations, ("batch", "seq"), self.mesh, x.shape[:2])

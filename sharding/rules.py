@@ -1,0 +1,181 @@
+"""Strategies: one table each, from the logical axes of parameters and activations to mesh axes.
+
+A dimension takes the mesh axes of its logical axis that no earlier dimension of the same array has taken. Vectors
+(norms, biases, sinks) stay whole on every device: gathering them would cost more than they weigh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv4_jax.errors import UserError
+from dsv4_jax.facts import Fact
+
+Axes = tuple[str, ...]
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How logical axes map to mesh axes.
+
+    Attributes:
+        name: as the command line calls it.
+        about: one line for people.
+        grows: the mesh axis that takes all devices when no mesh is given.
+        activations: "batch" and "seq" of activations.
+        parameters: logical axes of parameters.
+        state: of the optimizer's state and the masters, where they are spread further than the parameters a step
+            computes with; the same by default.
+    """
+
+    name: str
+    about: str
+    grows: str
+    activations: Mapping[str, Axes]
+    parameters: Mapping[str, Axes] = field(default_factory=dict)
+    state: Mapping[str, Axes] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _wide(*axes: str) -> dict[str, Axes]:
+    """The one wide dimension of every weight matrix, whatever its name there."""
+    return dict.fromkeys(("embed", "streams_embed", "q_lora", "o_lora"), axes)
+
+
+_TENSOR = dict.fromkeys(("heads", "o_groups", "o_lora", "index_heads", "mlp", "vocab"), ("tensor",))
+_DATA = ("data", "fsdp", "expert")
+
+STRATEGIES = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("one", "everything on one device", "data", {}),
+        Strategy("data", "rows over devices, weights on all", "data", {"batch": ("data",)}, {}, _wide("data")),
+        Strategy(
+            "fsdp",
+            "rows and weights over devices; a layer's weights are gathered where they are used",
+            "fsdp",
+            {"batch": ("data", "fsdp")},
+            _wide("fsdp"),
+            _wide("fsdp", "data"),
+        ),
+        Strategy(
+            "expert-fsdp",
+            "experts stay on their devices and tokens travel to them; other weights as in fsdp",
+            "expert",
+            {"batch": _DATA},
+            _wide("fsdp", "expert") | {"experts": ("expert",)},
+            _wide("fsdp", "expert", "data") | {"experts": ("expert",)},
+        ),
+        Strategy(
+            "expert-tensor",
+            "inference: experts over one axis, heads and widths over another, rows over the third",
+            "expert",
+            {"batch": ("data", "fsdp")},
+            _TENSOR | {"experts": ("expert",)},
+        ),
+        Strategy(
+            "long-context",
+            "expert-fsdp with the tokens of each row spread over devices as well",
+            "context",
+            {"batch": _DATA, "seq": ("context",)},
+            _wide("fsdp", "expert", "context") | {"experts": ("expert",)},
+            _wide("fsdp", "expert", "context", "data") | {"experts": ("expert",)},
+        ),
+    )
+}
+
+
+def find_strategy(name: str) -> Strategy:
+    """A strategy by name; UserError that lists them all."""
+    if name not in STRATEGIES:
+        listed = "\n".join(f"  {s.name}: {s.about}" for s in STRATEGIES.values())
+        raise UserError(f"there is no strategy {name!r}; there are\n{listed}")
+    return STRATEGIES[name]
+
+
+def spec(
+    rules: Mapping[str, Axes], axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None = None
+) -> PartitionSpec:
+    """The partition of an array whose dimensions have these logical axes; mesh axes of size 1 are left out.
+
+    With a `shape`, a dimension takes only as many of its mesh axes, from the first on, as divide its size.
+    """
+    taken: set[str] = set()
+    dimensions = []
+    for number, axis in enumerate(axes):
+        free = tuple(a for a in rules.get(axis or "", ()) if a not in taken and mesh.shape[a] > 1)
+        while shape and shape[number] % math.prod(mesh.shape[a] for a in free):
+            free = free[:-1]
+        taken |= set(free)
+        dimensions.append(free if len(free) > 1 else free[0] if free else None)
+    while dimensions and dimensions[-1] is None:
+        dimensions.pop()
+    return PartitionSpec(*dimensions)
+
+
+def used_axes(partition: PartitionSpec) -> Axes:
+    """The mesh axes of a PartitionSpec, in order."""
+    return tuple(
+        axis for axes in partition if axes is not None for axis in ((axes,) if isinstance(axes, str) else tuple(axes))
+    )
+
+
+def parameter_specs(facts: Tree, rules: Mapping[str, Axes], mesh: Mesh) -> Tree:
+    """A PartitionSpec for every `Fact`."""
+
+    def one(fact: Fact) -> PartitionSpec:
+        own = [axis for axis in fact.axes if axis != "layers"]
+        return spec(rules, fact.axes, mesh) if len(own) > 1 else PartitionSpec()
+
+    return jax.tree.map(one, facts)
+
+
+def parameter_shardings(facts: Tree, rules: Mapping[str, Axes], mesh: Mesh) -> Tree:
+    """A NamedSharding for every `Fact`."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), parameter_specs(facts, rules, mesh))
+
+
+def check_fit(facts: Tree, shapes: Tree, strategy: Strategy, mesh: Mesh, batch: int = 0, length: int = 0) -> None:
+    """Raises UserError when a dimension does not divide, naming it and what would.
+
+    Args:
+        facts: of the parameters.
+        shapes: arrays or `jax.ShapeDtypeStruct`s beside them.
+        strategy: the rules.
+        mesh: the devices.
+        batch: rows of a batch, 0 to leave them unchecked.
+        length: tokens of a row, 0 to leave them unchecked.
+    """
+    sizes = {"batch": batch, "seq": length}
+    for axis, mesh_axes in strategy.activations.items():
+        _check_division(f"a batch's {'rows' if axis == 'batch' else 'tokens per row'}", sizes[axis], mesh_axes, mesh)
+    for rules in (strategy.parameters, strategy.state or strategy.parameters):
+        specs = jax.tree.leaves(parameter_specs(facts, rules, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec))
+        named = jax.tree_util.tree_leaves_with_path(shapes)
+        for fact, partition, (path, leaf) in zip(jax.tree.leaves(facts), specs, named, strict=True):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            for axis, size, mesh_axes in zip(fact.axes, leaf.shape, partition, strict=False):
+                _check_division(
+                    f"{axis!r} of {where}", size, (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes, mesh
+                )
+
+
+def _check_division(what: str, size: int, mesh_axes: Axes | None, mesh: Mesh) -> None:
+    mesh_axes = tuple(axis for axis in mesh_axes or () if mesh.shape[axis] > 1)
+    parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
+    if size % parts:
+        named = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_axes)
+        fitting = [str(n) for n in range(1, size + 1) if size % n == 0 and n <= 4 * parts]
+        raise UserError(
+            f"{what} is {size}, which does not divide over {named} ({parts} parts). "
+            f"Sizes of {' x '.join(mesh_axes)} that fit: {', '.join(fitting[-8:])}"
+        )

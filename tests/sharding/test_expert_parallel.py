@@ -1,0 +1,81 @@
+"""Tokens that travel to their experts and back give what one device gives, whatever the routing."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from devices import on_devices
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv4_jax.layers.moe import Matrices, apply_experts
+from sharding.expert_parallel import dispatch_experts, plan_dispatch
+from sharding.mesh import make_mesh, parse_mesh
+
+TOLERANCE = 2e-6  # float32; sums over experts and over tokens in another order
+CASES = {  # mesh, rows' axes, headroom, tokens, k, experts, routing
+    "even": ("expert=4,data=2", ("data", "expert"), 2.0, (8, 6), 2, 8, "random"),
+    "all tokens on one expert": ("expert=4,data=2", ("data", "expert"), 1.0, (8, 5), 1, 8, "one"),
+    "all tokens on one owner": ("expert=4,fsdp=2", ("fsdp", "expert"), 1.0, (8, 4), 2, 8, "owner"),
+    "empty experts": ("expert=8", ("expert",), 2.0, (16, 3), 2, 16, "few"),
+    "many rounds": ("expert=2,data=4", ("data", "expert"), 0.01, (8, 20), 3, 6, "random"),
+    "one token a device": ("expert=8", ("expert",), 2.0, (8, 1), 2, 8, "random"),
+    "rows repeated over experts": ("expert=4,data=2", ("data",), 2.0, (2, 7), 2, 8, "random"),
+    "experts and their width": ("expert=2,tensor=2,data=2", ("data",), 2.0, (4, 5), 2, 4, "random"),
+    "tokens over a context axis": ("expert=2,context=4", ("expert",), 2.0, (4, 8), 2, 4, "random"),
+}
+
+
+def route(kind, shape, k, experts, rng):
+    """Distinct experts for every token, [B, S, k]."""
+    pool = {"random": experts, "one": 1, "owner": k, "few": 3}[kind]
+    draw = [rng.permutation(pool)[:k] for _ in range(int(np.prod(shape)))]
+    return np.array(draw, np.int32).reshape(*shape, k)
+
+
+def run_cases(names):
+    """For each case the largest relative error of the result and of every gradient."""
+    return {name: errors(*CASES[name]) for name in names}
+
+
+def errors(mesh_text, row_axes, headroom, shape, k, experts, kind, width=8, inner=12):
+    """Compare a scalar function of the experts' output, its value and gradients, with one device."""
+    rng = np.random.default_rng(0)
+    mesh = make_mesh(parse_mesh(mesh_text, 8))
+    normal = lambda *size: jnp.asarray(rng.normal(size=size), jnp.float32)  # noqa: E731
+    matrices = Matrices(normal(experts, width, inner), normal(experts, width, inner), normal(experts, inner, width))
+    x, weights = normal(*shape, width), jnp.abs(normal(*shape, k))
+    ids = jnp.asarray(route(kind, shape, k, experts, rng))
+    apply, probe = partial(apply_experts, 10.0), normal(*shape, width)
+    seq = "context" if "context" in mesh_text else None
+    rows = PartitionSpec(row_axes, seq)
+
+    def alone(matrices, x, weights):
+        out = apply(matrices, x.reshape(-1, width), ids.reshape(-1, k), weights.reshape(-1, k)).reshape(x.shape)
+        return (out * probe).sum(), out
+
+    def spread(matrices, x, weights):
+        out = dispatch_experts(mesh, rows, apply, matrices, x, ids, weights, headroom)
+        return (out * probe).sum(), out
+
+    run = lambda f: jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))  # noqa: E731
+    wanted = jax.device_get(run(alone)(matrices, x, weights))
+    placed = jax.device_put((x, weights), NamedSharding(mesh, rows))
+    found = jax.device_get(run(spread)(matrices, *placed))
+    relative = lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() + 1e-30))  # noqa: E731
+    return [relative(a, b) for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True)]
+
+
+def test_dispatch_equals_one_device_for_every_routing():
+    found = on_devices(8, run_cases, list(CASES))
+    assert {name: worst for name, all_ in found.items() if (worst := max(all_)) > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("headroom", [0.01, 1.0, 2.0])
+def test_the_rounds_have_room_for_every_pair_on_one_owner(tokens, headroom):
+    plan = plan_dispatch(tokens, k=6, experts=32, owners=8, headroom=headroom)
+    most_to_one_owner = tokens * min(6, plan.experts)
+    assert plan.capacity * plan.rounds >= most_to_one_owner
+    assert plan.capacity * (plan.rounds - 1) < most_to_one_owner

@@ -1,0 +1,151 @@
+"""Where a run's state and batches lie: the rules of a strategy applied to everything a train step touches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv4_jax import weights
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.partition import ALONE, Partition
+from sharding.mesh import make_mesh, parse_mesh
+from sharding.partition import MeshPartition
+from sharding.rules import check_fit, find_strategy, parameter_shardings, spec
+
+Tree = Any
+
+
+def place(mesh: str | None, strategy: str | None) -> Partition:
+    """How a run lies on this job's devices, from the texts of the command line.
+
+    With neither text, one device needs nothing and several share the rows ("fsdp"); with a strategy alone, the axis
+    that the strategy grows takes all devices.
+    """
+    devices = jax.device_count()
+    if strategy is None and mesh is None and devices == 1:
+        return ALONE
+    chosen = find_strategy(strategy or "fsdp")
+    sizes = parse_mesh(mesh or f"{chosen.grows}=-1", devices)
+    return MeshPartition(make_mesh(sizes), chosen)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The shardings of a run; on one device there are none and arrays go where jax puts them.
+
+    Attributes:
+        partition: as the model knows it.
+        config: the architecture.
+    """
+
+    partition: Partition
+    config: DeepseekV4Config
+
+    @property
+    def mesh_partition(self) -> MeshPartition | None:
+        """The partition, if it has a mesh."""
+        return self.partition if isinstance(self.partition, MeshPartition) else None
+
+    def check(self, rows: int, length: int) -> None:
+        """Raises UserError when the model or batches of [rows, length] do not divide over the mesh."""
+        if found := self.mesh_partition:
+            shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
+            check_fit(weights.facts(self.config), shapes, found.strategy, found.mesh, rows, length)
+
+    def state(self, state: Tree) -> Tree:
+        """A sharding for every leaf of a `TrainState`, concrete or abstract; None for each without a mesh.
+
+        Masters and the optimizer's moments, which mirror the parameters, lie as the strategy's `state` rules say
+        (ZeRO); counters and keys are on every device.
+        """
+        if (found := self.mesh_partition) is None:
+            return jax.tree.map(lambda _: None, state)
+        rules = found.strategy.state or found.strategy.parameters
+        placed = parameter_shardings(weights.facts(self.config), rules, found.mesh)
+        by_path = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(placed)}
+        whole = NamedSharding(found.mesh, PartitionSpec())
+
+        def one(path: Any, leaf: Any) -> NamedSharding:
+            names = _names(path)
+            mirrored = (by_path.get(names[start:]) for start in range(len(names)))
+            return next((found for found in mirrored if found is not None), whole) if leaf.ndim else whole
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def placed(self, state: Tree) -> Tree:
+        """An abstract state with the shardings of this run: what a checkpoint is restored into."""
+        if self.mesh_partition is None:
+            return state
+        put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(put, state, self.state(state))
+
+    def stored(self, params: Tree) -> Tree:
+        """Parameters, or gradients, as the state keeps them: the strategy's `state` rules."""
+        if (found := self.mesh_partition) is None:
+            return params
+        rules = found.strategy.state or found.strategy.parameters
+        return jax.lax.with_sharding_constraint(
+            params, parameter_shardings(weights.facts(self.config), rules, found.mesh)
+        )
+
+    def computing(self, params: Tree) -> Tree:
+        """Parameters as a step computes with them: the strategy's `parameters` rules. So do their gradients lie."""
+        if (found := self.mesh_partition) is None:
+            return params
+        facts = weights.facts(self.config)
+        return jax.lax.with_sharding_constraint(
+            params, parameter_shardings(facts, found.strategy.parameters, found.mesh)
+        )
+
+    @property
+    def batch(self) -> NamedSharding | None:
+        """Of tokens and segment ids [B, S]."""
+        if (found := self.mesh_partition) is None:
+            return None
+        return NamedSharding(found.mesh, spec(found.strategy.activations, ("batch", "seq"), found.mesh))
+
+    @property
+    def whole(self) -> NamedSharding | None:
+        """Of results that every process reads."""
+        found = self.mesh_partition
+        return NamedSharding(found.mesh, PartitionSpec()) if found else None
+
+    def part(self, rows: int) -> tuple[int, int]:
+        """(part, parts): this process makes part `part` of `parts` equal parts of a batch's rows.
+
+        Raises:
+            ValueError: if this process's devices hold rows that do not lie together.
+        """
+        if self.batch is None:
+            return 0, 1
+        by_row = NamedSharding(self.batch.mesh, PartitionSpec(*self.batch.spec[:1]))
+        shares = by_row.addressable_devices_indices_map((rows,)).values()
+        own = sorted({row for share in shares if share for row in range(*share[0].indices(rows))})
+        if rows % len(own) or own[0] % len(own) or own != list(range(own[0], own[0] + len(own))):
+            raise ValueError(f"this process's devices hold rows {own} of {rows}, which do not lie together")
+        return own[0] // len(own), rows // len(own)
+
+    def to_devices(self, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+        """The tokens and segment ids of this process's `part` of a batch of `rows` rows, as part of a whole array."""
+        read = {name: batch[name] for name in ("tokens", "segment_ids")}
+        if (sharding := self.batch) is None:
+            return {name: jnp.asarray(x) for name, x in read.items()}
+        first = self.part(rows)[0] * len(read["tokens"])
+
+        def array(x: np.ndarray) -> jax.Array:
+            def local(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(rows)
+                return x[start - first : stop - first, index[1]]
+
+            return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, local)
+
+        return {name: array(x) for name, x in read.items()}
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

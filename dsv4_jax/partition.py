@@ -65,7 +65,7 @@ class Partition:
         """
         return apply(whole, *(x.reshape(-1, *x.shape[2:]) for x in tokens))
 
-    def token_values(self, apply: Callable[..., Any], whole: jax.Array, *tokens: jax.Array) -> Any:
+    def token_values(self, apply: Callable[..., Any], whole: Any, *tokens: jax.Array) -> Any:
         """As `token_sums` for an `apply` that gives values of each token [N, ..]; they come back as [B, S, ..]."""
         values = apply(whole, *(x.reshape(-1, *x.shape[2:]) for x in tokens))
         return jax.tree.map(lambda x: x.reshape(*tokens[0].shape[:2], *x.shape[1:]), values)

@@ -45,6 +45,8 @@ def start(asked: Processes | None = None) -> None:
         return
     with _bounded(found):
         if _connect(found):
+            # Two programs at a time on one CPU, each with a sum over processes, can wait for each other for ever.
+            jax.config.update("jax_cpu_enable_async_dispatch", False)
             jax.process_count()  # makes the devices of all processes known, which waits for all as well
 
 

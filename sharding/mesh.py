@@ -47,6 +47,16 @@ def _filled(text: str, sizes: dict[str, int], devices: int) -> dict[str, int]:
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with all of AXES, partitioned automatically; `devices` default to all of this job's."""
+    """A mesh with all of AXES, partitioned automatically; `devices` default to all of this job's.
+
+    Raises:
+        UserError: when an axis cannot be laid along the links of a TPU slice.
+    """
     shape = tuple(sizes.get(name, 1) for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except NotImplementedError:
+        wanted = ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        raise UserError(
+            f"mesh {wanted} does not lie on these devices: each of its axes must be a product of the slice's own axes"
+        ) from None

@@ -78,7 +78,7 @@ class MeshPartition(Partition):
         summed = lambda *args: jax.lax.psum(super(MeshPartition, self).token_sums(apply, *args), axes)  # noqa: E731
         return self._on_own_tokens(summed, PartitionSpec(), whole, tokens)
 
-    def token_values(self, apply: Callable[..., Any], whole: jax.Array, *tokens: jax.Array) -> Any:
+    def token_values(self, apply: Callable[..., Any], whole: Any, *tokens: jax.Array) -> Any:
         """See `Partition.token_values`: every device walks over its own tokens."""
         values = partial(super().token_values, apply)
         return self._on_own_tokens(values, self._rows(tokens[0]), whole, tokens)

@@ -129,23 +129,25 @@ def used_axes(partition: PartitionSpec) -> Axes:
     )
 
 
-def parameter_specs(facts: Tree, rules: Mapping[str, Axes], mesh: Mesh) -> Tree:
-    """A PartitionSpec for every `Fact`."""
+def parameter_specs(facts: Tree, shapes: Tree, rules: Mapping[str, Axes], mesh: Mesh) -> Tree:
+    """A PartitionSpec for every `Fact` and the array (or `jax.ShapeDtypeStruct`) beside it; see `spec` for shapes."""
 
-    def one(fact: Fact) -> PartitionSpec:
+    def one(fact: Fact, leaf: Any) -> PartitionSpec:
         own = [axis for axis in fact.axes if axis != "layers"]
-        return spec(rules, fact.axes, mesh) if len(own) > 1 else PartitionSpec()
+        return spec(rules, fact.axes, mesh, leaf.shape) if len(own) > 1 else PartitionSpec()
 
-    return jax.tree.map(one, facts)
+    return jax.tree.map(one, facts, shapes)
 
 
-def parameter_shardings(facts: Tree, rules: Mapping[str, Axes], mesh: Mesh) -> Tree:
+def parameter_shardings(facts: Tree, shapes: Tree, rules: Mapping[str, Axes], mesh: Mesh) -> Tree:
     """A NamedSharding for every `Fact`."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), parameter_specs(facts, rules, mesh))
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), parameter_specs(facts, shapes, rules, mesh))
 
 
 def check_fit(facts: Tree, shapes: Tree, strategy: Strategy, mesh: Mesh, batch: int = 0, length: int = 0) -> None:
     """Raises UserError when a dimension does not divide, naming it and what would.
+
+    Experts and batches must take all their mesh axes, other dimensions at least the first one that there is.
 
     Args:
         facts: of the parameters.
@@ -159,14 +161,18 @@ def check_fit(facts: Tree, shapes: Tree, strategy: Strategy, mesh: Mesh, batch: 
     for axis, mesh_axes in strategy.activations.items():
         _check_division(f"a batch's {'rows' if axis == 'batch' else 'tokens per row'}", sizes[axis], mesh_axes, mesh)
     for rules in (strategy.parameters, strategy.state or strategy.parameters):
-        specs = jax.tree.leaves(parameter_specs(facts, rules, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec))
-        named = jax.tree_util.tree_leaves_with_path(shapes)
-        for fact, partition, (path, leaf) in zip(jax.tree.leaves(facts), specs, named, strict=True):
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
-            for axis, size, mesh_axes in zip(fact.axes, leaf.shape, partition, strict=False):
-                _check_division(
-                    f"{axis!r} of {where}", size, (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes, mesh
-                )
+        leaves = jax.tree_util.tree_leaves_with_path(shapes)
+        for fact, (path, leaf) in zip(jax.tree.leaves(facts), leaves, strict=True):
+            if len([axis for axis in fact.axes if axis != "layers"]) > 1:
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                _check_parameter(where, fact, leaf.shape, rules, mesh)
+
+
+def _check_parameter(where: str, fact: Fact, shape: tuple[int, ...], rules: Mapping[str, Axes], mesh: Mesh) -> None:
+    wanted = spec(rules, fact.axes, mesh)
+    for axis, size, axes in zip(fact.axes, shape, wanted, strict=False):
+        over = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        _check_division(f"{axis!r} of {where}", size, over if axis == "experts" else over[:1], mesh)
 
 
 def _check_division(what: str, size: int, mesh_axes: Axes | None, mesh: Mesh) -> None:

@@ -146,7 +146,7 @@ def update_rms(updates: Tree, facts: Tree, by: Literal["optimizer", "role"] = "o
 
 def _rms(arrays: list[jax.Array]) -> jax.Array:
     squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in arrays)
-    return jnp.sqrt(squares / sum(x.size for x in arrays))
+    return jnp.sqrt(squares / float(sum(x.size for x in arrays)))  # more than int32 holds
 
 
 def _scaled_directions(

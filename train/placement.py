@@ -66,7 +66,7 @@ class Placement:
         if (found := self.mesh_partition) is None:
             return jax.tree.map(lambda _: None, state)
         rules = found.strategy.state or found.strategy.parameters
-        placed = parameter_shardings(weights.facts(self.config), rules, found.mesh)
+        placed = self._shardings(rules)
         by_path = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(placed)}
         whole = NamedSharding(found.mesh, PartitionSpec())
 
@@ -89,18 +89,19 @@ class Placement:
         if (found := self.mesh_partition) is None:
             return params
         rules = found.strategy.state or found.strategy.parameters
-        return jax.lax.with_sharding_constraint(
-            params, parameter_shardings(weights.facts(self.config), rules, found.mesh)
-        )
+        return jax.lax.with_sharding_constraint(params, self._shardings(rules))
 
     def computing(self, params: Tree) -> Tree:
         """Parameters as a step computes with them: the strategy's `parameters` rules. So do their gradients lie."""
         if (found := self.mesh_partition) is None:
             return params
-        facts = weights.facts(self.config)
-        return jax.lax.with_sharding_constraint(
-            params, parameter_shardings(facts, found.strategy.parameters, found.mesh)
-        )
+        return jax.lax.with_sharding_constraint(params, self._shardings(found.strategy.parameters))
+
+    def _shardings(self, rules: Any) -> Tree:
+        """Of the parameters, by the rules."""
+        assert (found := self.mesh_partition) is not None
+        shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
+        return parameter_shardings(weights.facts(self.config), shapes, rules, found.mesh)
 
     @property
     def batch(self) -> NamedSharding | None:

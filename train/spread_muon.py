@@ -42,8 +42,7 @@ class SpreadMuon:
         for members in self._batches(arrays, facts):
             counted = [_matrices(arrays[i], facts[i]) for i in members]
             stack = jnp.concatenate(counted) if len(counted) > 1 else counted[0]
-            order = EXPERT_ORDER if "experts" in facts[members[0]].axes[:-2] else ORDER
-            done = self._orthogonalize(stack, order, dtype)
+            done = self._orthogonalize(stack, "experts" in facts[members[0]].axes[:-2], dtype)
             ends = [sum(len(x) for x in counted[: k + 1]) for k in range(len(counted) - 1)]
             for i, part in zip(members, jnp.split(done, ends), strict=True):
                 results[i] = _unmatrices(part, arrays[i], facts[i])
@@ -56,7 +55,8 @@ class SpreadMuon:
             count = sum(math.prod(arrays[i].shape[:-2]) for i in members)
             shape = tuple(sorted(arrays[members[0]].shape[-2:]))
             before = shares.get(shape, (0, 0))
-            shares[shape] = before[0] + count, before[1] + -(-count // self.mesh.size)
+            owners = self.mesh.shape["expert"] if "experts" in facts[members[0]].axes[:-2] else 1
+            shares[shape] = before[0] + count, before[1] + -(-count // owners // (self.mesh.size // owners))
         return shares
 
     def _batches(self, arrays: Sequence[jax.Array], facts: Sequence[Fact]) -> list[list[int]]:
@@ -70,14 +70,18 @@ class SpreadMuon:
             batches.setdefault((*sorted(x.shape[-2:]), *alone), []).append(i)
         return list(batches.values())
 
-    def _orthogonalize(self, stack: jax.Array, axes: tuple[str, ...], dtype: jax.typing.DTypeLike | None) -> jax.Array:
-        """[M, rows, cols] with rows <= cols, M padded to a multiple of the devices while it is dealt out."""
-        count, devices = len(stack), self.mesh.size
-        own = -(-count // devices)
-        padded = jnp.pad(stack, ((0, own * devices - count), (0, 0), (0, 0)))
-        dealt = self._constrain(padded.reshape(devices, own, *stack.shape[1:]), axes)
+    def _orthogonalize(self, stack: jax.Array, experts: bool, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+        """[M, rows, cols] with rows <= cols; padded on each owner of experts to a multiple of the devices it shares."""
+        owners = self.mesh.shape["expert"] if experts else 1
+        sharing = self.mesh.size // owners
+        by_owner = stack.reshape(owners, -1, *stack.shape[1:])
+        count = by_owner.shape[1]
+        own = -(-count // sharing)
+        padded = jnp.pad(by_owner, ((0, 0), (0, own * sharing - count), (0, 0), (0, 0)))
+        order = EXPERT_ORDER if experts else ORDER
+        dealt = self._constrain(padded.reshape(-1, own, *stack.shape[1:]), order)
         done = orthogonalize_columns(dealt.swapaxes(0, 1), dtype).swapaxes(0, 1)
-        return self._constrain(done, axes).reshape(padded.shape)[:count]
+        return self._constrain(done, order).reshape(padded.shape)[:, :count].reshape(stack.shape)
 
     def _constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(axes)))

@@ -127,7 +127,7 @@ def find_mesh(asked: Compile, config: DeepseekV4Config, strategy: Strategy, targ
         sizes = parse_mesh(text, len(devices))
         try:
             return make_mesh(sizes, devices)
-        except NotImplementedError:
+        except UserError:
             continue
     raise UserError(
         f"mesh {texts[0]!r} does not lie on {target.text}: each of its axes must be a product of the slice's axes. "

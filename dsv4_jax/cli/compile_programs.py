@@ -179,7 +179,7 @@ def abstract_cache(setting: Setting, cache_format: str) -> Cache:
 
 def on_mesh(setting: Setting, params: Tree, rules: Mapping[str, tuple[str, ...]]) -> Tree:
     """Abstract parameters as a table of rules places them."""
-    shardings = parameter_shardings(weights.facts(setting.config), rules, setting.mesh)
+    shardings = parameter_shardings(weights.facts(setting.config), params, rules, setting.mesh)
     put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(put, params, shardings)
 

@@ -100,6 +100,6 @@ class ModelArguments:
         def shardings(config: DeepseekV4Config) -> Any:
             facts, shapes = weights.facts(config), jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
             check_fit(facts, shapes, strategy, mesh)
-            return parameter_shardings(facts, strategy.parameters, mesh)
+            return parameter_shardings(facts, shapes, strategy.parameters, mesh)
 
         return partition, shardings

@@ -52,7 +52,7 @@ def materialise(x: jax.Array) -> jax.Array:
 
 def _idle_loop(x: jax.Array) -> jax.Array:
     """x behind a loop that is entered only for a NaN in the first place, and then changes nothing."""
-    first = x.reshape(-1)[0]
+    first = x[(0,) * x.ndim]
     same = lambda x: jnp.where(x == x, x, jnp.nan).astype(x.dtype)  # noqa: E731
     leave = lambda s: (jnp.zeros_like(s[0]), same(s[1]))  # noqa: E731
     return jax.lax.while_loop(lambda s: s[0], leave, (first != first, x))[1]

@@ -38,9 +38,9 @@ class Gate(nnx.Module):
             self.bias = buffer(jnp.zeros(c.n_routed_experts), ("experts",), "router")
 
     def __call__(self, x: jax.Array, tokens: jax.Array, given: jax.Array | None = None) -> Routing:
-        """Route x [B, S, D]; `tokens` [B, S] are the token ids of hash routing. Float32 throughout.
+        """Route x [.., D]; `tokens` [..] are the token ids of hash routing. Float32 throughout.
 
-        `given` [B, S, k] replaces a learned router's choice of experts; their weights are those of x all the same.
+        `given` [.., k] replaces a learned router's choice of experts; their weights are those of x all the same.
         """
         c = self.config
         logits = jnp.dot(
@@ -166,7 +166,10 @@ class MoE(nnx.Module):
         the latter two over the tokens that `counted` [B, S] marks (padding is computed but not counted).
         """
         with jax.named_scope("route"):
-            routing = self.gate(x, tokens, given)
+            graph, gate = nnx.split(self.gate)
+            route = lambda gate, *each: nnx.merge(graph, gate)(*each)  # noqa: E731
+            each = (x, tokens) if given is None else (x, tokens, given)
+            routing = partition.token_values(route, nnx.to_pure_dict(gate), *each)
         with jax.named_scope("experts"):
             out = self.experts.routed(x, routing, partition) + self.shared_experts.shared(x)
         return out, balance_record(routing, counted)

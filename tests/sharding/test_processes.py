@@ -66,6 +66,13 @@ def home(tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="module")
+def whole(home):
+    """The run of one process on one device, without an interruption."""
+    train(find_recipe(home / "tiny.json"), home / "whole", cache=home / "cache")
+    return home / "whole"
+
+
 def arguments(home, *more):
     wanted = ["train", "--recipe", home / "tiny.json", "--out", home / "run", "--cache", home / "cache"]
     return [*map(str, wanted), "--heartbeat", str(HEARTBEAT), *more]
@@ -84,7 +91,7 @@ def wait_for_step(folder, step, processes, log):
         time.sleep(0.02)
 
 
-def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the_losses_of_one(home):
+def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the_losses_of_one(home, whole):
     """SIGKILL of one of four; SIGTERM to two of two devices each, under another strategy; the rest on one device."""
     port, folder = free_port(), home / "run"
     logs = [home / f"log-{number}.txt" for number in range(4)]
@@ -113,23 +120,46 @@ def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the
     launch = [*COMMAND, "launch", "-n", "2", "--devices-per-process", "2", "--", *arguments(home)]
     launch += ["--strategy", "expert-fsdp", "--mesh", "expert=2,fsdp=2"]
     two = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(folder, 22, [two], lambda: two.communicate()[0][-6000:])
-    two.send_signal(signal.SIGTERM)
-    said = two.communicate(timeout=BOUND)[0]
+    try:
+        wait_for_step(folder, 22, [two], lambda: two.communicate(two.terminate())[0][-6000:])
+        two.send_signal(signal.SIGTERM)
+        said = two.communicate(timeout=BOUND)[0]
+    finally:
+        two.kill()
     assert two.returncode == 128 + signal.SIGTERM, said
     assert re.search(r"resuming after step (5|10|15|20|25|30) of 40", said)
     saved = int(re.search(r"SIGTERM: saved step (\d+)", said)[1])
     assert saved == max(values(folder, "loss")) and (folder / "checkpoints" / str(saved)).is_dir()
     assert not re.search(r"^\[1\] .*(step|saved|resuming)", said, re.M), "only process 0 speaks"
 
-    recipe = find_recipe(home / "tiny.json")
-    train(recipe, folder, cache=home / "cache")
-    whole = home / "whole"
-    train(recipe, whole, cache=home / "cache")
+    train(find_recipe(home / "tiny.json"), folder, cache=home / "cache")
     for name, steps in (("loss", STEPS), ("heldout_bpb", 2)):
         found, wanted = values(folder, name), values(whole, name)
         assert len(found) == steps and sorted(found) == sorted(wanted)
         np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=TOLERANCE, err_msg=name)
+
+
+def test_two_processes_generate_what_one_does(whole):
+    """Tokens, and log-probabilities to three digits; the second process says nothing."""
+    generate = [
+        "generate",
+        str(whole),
+        "--prompt",
+        "def main",
+        "--max-new-tokens",
+        "6",
+        "--seed",
+        "3",
+        "--logprobs",
+        "1",
+    ]
+    said = []
+    for before in ([], ["launch", "-n", "2", "--"]):
+        command = [*COMMAND, *before, *generate, *(["--strategy", "expert-fsdp"] if before else [])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        said.append([done.stdout.splitlines()[-1], *(x for x in done.stderr.splitlines() if re.match(r"\[1\] '", x))])
+    assert said[0] == said[1] and len(said[0]) == 7
 
 
 def test_the_rows_of_a_batch_are_the_same_for_any_number_of_processes(home):

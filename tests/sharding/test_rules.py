@@ -65,7 +65,7 @@ def test_every_weight_matrix_of_flash_is_spread_over_all_devices_that_share_it(n
     sizes_by_name = {"fsdp": {"fsdp": 32}, "expert-fsdp": {"fsdp": 4, "expert": 8}}
     mesh = mesh_of(data=2, **sizes_by_name.get(name, {"fsdp": 4, "expert": 4, "context": 2}))
     strategy = STRATEGIES[name]
-    specs = parameter_specs(FACTS, strategy.state, mesh)
+    specs = parameter_specs(FACTS, SHAPES, strategy.state, mesh)
     held = whole = 0
     for shape, partition in zip(jax.tree.leaves(SHAPES), jax.tree.leaves(specs, is_leaf=is_spec), strict=True):
         held, whole = held + shape.size / math.prod(mesh.shape[a] for a in used_axes(partition)), whole + shape.size

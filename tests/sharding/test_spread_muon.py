@@ -26,7 +26,7 @@ def compare(mesh_text):
     alone = make_optimizer(facts, 0.1)
     wanted, _ = jax.jit(alone.update)(gradients, alone.init(params), params)
     mesh = make_mesh(parse_mesh(mesh_text, 8))
-    placed = parameter_shardings(facts, find_strategy("expert-fsdp").state, mesh)
+    placed = parameter_shardings(facts, params, find_strategy("expert-fsdp").state, mesh)
     spread = make_optimizer(facts, 0.1, orthogonalize=SpreadMuon(mesh))
     params, gradients = jax.device_put((params, gradients), (placed, placed))
     state = jax.jit(spread.init)(params)

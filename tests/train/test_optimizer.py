@@ -390,3 +390,9 @@ def test_misuse_is_explained():
         optimizer.update(tree(1), optimizer.init(tree(1)))
     with pytest.raises(ValueError, match=r"shape \(3,\); give it to AdamW"):
         orthogonalize(jnp.ones(3))
+
+
+def test_the_size_of_a_giant_does_not_overflow():
+    huge = jax.ShapeDtypeStruct((2**17, 2**15), jnp.float32)
+    found = jax.eval_shape(lambda x: update_rms({"w": x}, {"w": Fact(("embed", "mlp"), "muon", "experts")}), huge)
+    assert found["muon"].shape == ()

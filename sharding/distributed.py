@@ -45,8 +45,6 @@ def start(asked: Processes | None = None) -> None:
         return
     with _bounded(found):
         if _connect(found):
-            # Two programs at a time on one CPU, each with a sum over processes, can wait for each other for ever.
-            jax.config.update("jax_cpu_enable_async_dispatch", False)
             jax.process_count()  # makes the devices of all processes known, which waits for all as well
 
 
@@ -105,6 +103,17 @@ def only_first_speaks() -> Iterator[None]:
         yield
 
 
+def one_at_a_time(results: Any) -> Any:
+    """The results of a program, waited for where several processes compute on CPU.
+
+    There, two programs that do not depend on each other run at the same time, and when both sum over processes they can
+    wait for each other for ever (seen with jax 0.10.2 and two devices a process).
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(results)
+    return results
+
+
 def whole_on_host(tree: Any) -> Any:
     """The arrays of a tree as numpy arrays, wherever their parts lie; every process calls it."""
     if jax.process_count() == 1:
@@ -143,6 +152,8 @@ def _connect(found: Processes) -> bool:
             f"cluster tells them. Known: {found}. JAX says: {error}"
         ) from error
     except (RuntimeError, KeyError, OSError) as error:
+        if not found.named and "before any JAX calls" in str(error):
+            return False  # called from a program that uses JAX already: it is this process's own affair
         raise UserError(
             f"this looks like a cluster, but its description is not whole: {error}. Name the job with --coordinator, "
             "--num-processes and --process-id, or run alone with --num-processes 1"

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from sharding.distributed import one_at_a_time
 from train.checkpoint_files import on_all_processes
 from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
@@ -50,7 +51,7 @@ class Anticipation:
         """Step number `done`, as the ordinary step with the next batch: (state, metrics); donates the state."""
         while len(self._chosen) <= min(self.delay, self.last - done):
             ahead = self._to_device(batches.peek(len(self._chosen)))
-            self._chosen.append(self._route(state.params, ahead))
+            self._chosen.append(one_at_a_time(self._route(state.params, ahead)))
         return self._step(state, self._to_device(next(batches)) | {"expert_ids": self._chosen.popleft()})
 
     def save(self, done: int, folder: Path, keep: int) -> None:

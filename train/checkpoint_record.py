@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding.distributed import one_at_a_time
+
 PyTree = Any
 Record = Mapping[str, Any]
 FORMAT = 1
@@ -104,7 +106,7 @@ def check_values(record: Record, values: Mapping[str, jax.Array]) -> None:
 
 def checksums(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     """A 32-bit sum of mixed (element, position) pairs for each array; one changed element always changes it."""
-    totals = jax.device_get({name: _checksum(leaf) for name, leaf in leaves.items()})
+    totals = jax.device_get({name: one_at_a_time(_checksum(leaf)) for name, leaf in leaves.items()})
     return {name: int(total) for name, total in totals.items()}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from dsv4_jax import model
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.partition import ALONE, Partition
+from sharding.distributed import one_at_a_time
 from train.data.pipeline import Batch, bits_per_byte, heldout_batches
 from train.data.retrieval import RecallScore, RecallTask, recall_batches
 from train.data.tokens import TokenStore
@@ -74,7 +75,7 @@ class Evaluator:
         return score
 
     def _run(self, params: Any, attention: Attention, batch: Batch) -> Scores:
-        return self._scores[attention](params, batch["tokens"], batch["segment_ids"])
+        return one_at_a_time(self._scores[attention](params, batch["tokens"], batch["segment_ids"]))
 
     def _placed_scores(self, attention: Attention, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> Scores:
         params = self.placement.computing(params)

@@ -93,12 +93,14 @@ def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _start(asked: Launch, port: int, number: int, command: list[str]) -> subprocess.Popen[bytes]:
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipe = subprocess.PIPE if number else None
     child = subprocess.Popen(
         [sys.executable, "-m", "dsv4_jax.cli", *command],
         env=environment(asked.processes, number, port, asked.devices_per_process),
         start_new_session=True,  # a terminal's Ctrl-C reaches the launcher, which forwards it once
-        **(streams if number else {}),
+        stdin=subprocess.DEVNULL if number else None,
+        stdout=pipe,
+        stderr=pipe,
     )
     for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
         if source is not None:
@@ -133,18 +135,20 @@ def _forwarded(children: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
 
 def _watch(children: list[subprocess.Popen[bytes]], grace: float, heard: list[int]) -> int:
     """Waits for all, or for the first that ends badly and then `grace` seconds; the exit status."""
-    status, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children) and time.monotonic() < deadline:
-        bad = next((i for i, child in enumerate(children) if child.poll()), None)
-        if bad is not None and not status:
-            status, deadline = _status(children[bad].returncode), time.monotonic() + grace
+    first, deadline = None, float("inf")
+    while True:
+        running = [i for i, child in enumerate(children) if child.poll() is None]
+        if first is None and (bad := next((i for i, child in enumerate(children) if child.poll()), None)) is not None:
+            first, deadline = children[bad].returncode, time.monotonic() + grace
             if not heard:
-                _say(f"process {bad} {_fate(children[bad].returncode)}; waiting for the others to end")
+                _say(f"process {bad} {_fate(first)}" + ("; waiting for the others to end" if running else ""))
+        if not running:
+            break
+        if time.monotonic() > deadline:
+            _say(f"ending processes {', '.join(map(str, running))}, which still run after {grace:g} s")
+            break
         time.sleep(0.05)
-    late = [i for i, child in enumerate(children) if child.poll() is None]
-    if late:
-        _say(f"ending processes {', '.join(map(str, late))}, which still run after {grace:g} s")
-    return status or next((_status(child.returncode) for child in children if child.returncode), 0)
+    return _status(first or 0)
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

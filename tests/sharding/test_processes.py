@@ -41,6 +41,7 @@ STEPS, TOLERANCE = 40, 2e-5  # of losses, relative; measured: 6e-7 behind 40 ste
 HEARTBEAT, BOUND = 10, 60  # seconds; a busy machine needs some of them to notice anything
 LOST = ("another process of the job has ended", "stopped sending heartbeats", "Failed to send RPC to coordination")
 COMMAND = [sys.executable, "-m", "dsv4_jax.cli"]
+QUICK = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the
     logs = [home / f"log-{number}.txt" for number in range(4)]
     four = [
         subprocess.Popen(
-            [*COMMAND, *arguments(home)], cwd=ROOT, env=environment(4, i, port),
+            [*COMMAND, *arguments(home)], cwd=ROOT, env=environment(4, i, port) | {"XLA_FLAGS": QUICK},
             stdout=log.open("w"), stderr=subprocess.STDOUT,
         )
         for i, log in enumerate(logs)
@@ -119,7 +120,8 @@ def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the
 
     launch = [*COMMAND, "launch", "-n", "2", "--devices-per-process", "2", "--", *arguments(home)]
     launch += ["--strategy", "expert-fsdp", "--mesh", "expert=2,fsdp=2"]
-    two = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    quick = os.environ | {"XLA_FLAGS": QUICK}
+    two = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quick)
     try:
         wait_for_step(folder, 22, [two], lambda: two.communicate(two.terminate())[0][-6000:])
         two.send_signal(signal.SIGTERM)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dsv4_jax.errors import UserError
-from sharding.processes import Processes
+from sharding.processes import CPU_THREADS, Processes, cpu_threads
 
 FOR_PEOPLE = (UserError, FileNotFoundError, FileExistsError)
 SHUTDOWN_SECONDS = 300  # how long the first process to finish waits for the last
@@ -130,6 +130,7 @@ def _prepare_cpu(asked: Processes) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         raise UserError("--cpu-devices, and XLA_FLAGS has xla_force_host_platform_device_count: give one of them")
     jax.config.update("jax_num_cpu_devices", asked.cpu_devices)
+    os.environ.setdefault(CPU_THREADS, cpu_threads(asked.cpu_devices))
 
 
 def _connect(found: Processes) -> bool:

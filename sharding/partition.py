@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
 from dsv4_jax.partition import ExpertFunction, Partition
-from sharding import context_parallel
+from sharding import context_parallel, row_caches
 from sharding.expert_parallel import HEADROOM, TENSOR, dispatch_experts
 from sharding.rules import Strategy, spec, used_axes
 
@@ -53,24 +52,15 @@ class MeshPartition(Partition):
     ) -> tuple[jax.Array, dict[str, Any], LayerCache | None]:
         """See `Partition.attention`.
 
-        Without a cache every device works on its own tokens with the layer's whole weights, so that no loop over
-        queries ever walks over other devices' rows. With a cache, or with heads spread over a tensor axis, the
-        compiler partitions the layer.
+        Every device works on its own rows with the layer's weights, so that no loop over queries ever walks over other
+        devices' rows, and reads and writes the compressed entries that its rows own. Where heads are spread over a
+        tensor axis, or rows share blocks, the compiler partitions the layer.
         """
-        if past is not None or self.mesh.shape[TENSOR] > 1:
-            return super().attention(layer, x, layout, options, past)
-        if any(self.mesh.shape[axis] > 1 for axis in self.strategy.activations.get("seq", ())):
+        if past is None and any(self.mesh.shape[axis] > 1 for axis in self.strategy.activations.get("seq", ())):
             return *context_parallel.attention(self.mesh, self.strategy, layer, x, layout, options), None
-        graph, state = nnx.split(layer)
-
-        def own_rows(weights: Any, x: jax.Array, layout: Layout) -> tuple[jax.Array, dict[str, Any]]:
-            out, record, _ = nnx.merge(graph, weights)(x, layout, options)
-            return out, record
-
-        rows = PartitionSpec(*self._rows(x)[:1])
-        specs = PartitionSpec(), rows, rows
-        mapped = jax.shard_map(own_rows, mesh=self.mesh, in_specs=specs, out_specs=(rows, rows), check_vma=False)
-        return *mapped(nnx.to_pure_dict(state), x, layout), None
+        if self.mesh.shape[TENSOR] > 1 or not row_caches.stays_with_rows(past):
+            return super().attention(layer, x, layout, options, past)
+        return row_caches.attention(self.mesh, PartitionSpec(*self._rows(x)[:1]), layer, x, layout, options, past)
 
     def token_sums(self, apply: Callable[..., jax.Array], whole: jax.Array, *tokens: jax.Array) -> jax.Array:
         """See `Partition.token_sums`: every device walks over its own tokens, and the sums are added up."""

@@ -83,6 +83,13 @@ STRATEGIES = {
             _TENSOR | {"experts": ("expert",)},
         ),
         Strategy(
+            "expert-data",
+            "inference of many sequences: each on one device with its cache, tokens travel to the experts' devices",
+            "expert",
+            {"batch": _DATA},
+            {"experts": ("expert",)},
+        ),
+        Strategy(
             "long-context",
             "expert-fsdp with the tokens of each row spread over devices as well",
             "context",

@@ -99,7 +99,16 @@ def scores(
         the number of (layer, token) pairs that it is a sum over.
     """
     dense = attention == "dense"
-    out = forward(config, params, tokens, segment_ids=segment_ids, attention=attention, logits=False, index_loss=dense)
+    out = forward(
+        config,
+        params,
+        tokens,
+        segment_ids=segment_ids,
+        attention=attention,
+        logits=False,
+        index_loss=dense,
+        partition=partition,
+    )
     targets, weights = shifted_targets(tokens, segment_ids, 1)
     nats, predicted = partition.token_values(_nats_and_best, model.output_matrix(params), out.hidden, targets)
     found = {"nats": (nats * weights).sum(), "predicted": predicted}

@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 
 from dsv4_jax.errors import UserError
 from train.metrics import MetricsWriter
-from train.tensorboard import Curves
 
 
 class Terminated(SystemExit):
@@ -78,10 +77,7 @@ class RunLog(MetricsWriter):
         """See the class."""
         self._newest = newest
         with self._in_words(folder):
-            super().__init__(folder, resume_step=resume_step, tensorboard=False)
-            if jax.process_index() == 0:
-                with suppress(ImportError):
-                    self._board = Curves(folder / "tensorboard", resume_step)
+            super().__init__(folder, resume_step=resume_step)
 
     def __enter__(self) -> RunLog:
         """Closes itself at the end of a ``with`` block."""

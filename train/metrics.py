@@ -3,7 +3,10 @@
 Nothing here waits for the device: values of step n - 1 are read while step n runs. The names in use are ``step``,
 ``tokens``, ``stage``, ``loss``, ``ce``, ``mtp``, ``balance``, ``index_kl``, ``index_recall``, ``lr``, ``grad_norm``,
 ``update_rms_muon``, ``update_rms_adamw``, ``load_max_over_mean``, ``load_entropy``, ``dead_experts``, ``hc_row_error``,
-``hc_col_error``, ``tokens_per_s``, ``flops_per_token``, ``mfu``, ``heldout_bpb`` and ``retrieval_accuracy``.
+``hc_col_error``, ``tokens_per_s``, ``flops_per_token``, ``mfu``, ``heldout_bpb`` and ``retrieval_accuracy``; in a run
+that met trouble also ``skipped`` (1: the step was not finite and changed nothing), ``spike_step`` and ``spike_loss``
+(of a spike that was rolled back, at the first step behind the rollback) and ``anticipatory`` (1: experts were chosen by
+older parameters).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import jax
 import numpy as np
 
 from train.progress import Meter, Progress, device_peak, measured_matmul_peak, sparkline
+from train.tensorboard import Curves
 
 __all__ = ["Meter", "MetricsWriter", "Progress", "device_peak", "measured_matmul_peak", "read_metrics", "sparkline"]
 Value = Any
@@ -43,7 +47,7 @@ class MetricsWriter:
         self.path = pathlib.Path(folder) / "metrics.jsonl"
         self._pending: tuple[int, dict[str, Value]] | None = None
         self._file: int | None = None
-        self._board: Any = None
+        self._board: Curves | None = None
         if jax.process_index() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open(resume_step)
@@ -158,9 +162,8 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _tensorboard(folder: pathlib.Path, resume_step: int | None) -> Any:
+def _tensorboard(folder: pathlib.Path, resume_step: int | None) -> Curves | None:
     try:
-        from tensorboardX import SummaryWriter
+        return Curves(folder / "tensorboard", resume_step or 0)
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)

@@ -15,8 +15,8 @@ from train.data.tokens import TokenStore
 from train.recipe import Recipe, RecipeError, recipe_to_json
 from train.recipe_json import read_json
 
-FREE = ("name", "about", "cadence")
-"""Settings that may change when a run goes on: they do not touch what is computed."""
+FREE = ("name", "about", "cadence", "stability")
+"""Settings that may change when a run goes on: they do not touch what an undisturbed run computes."""
 
 
 class RunFolder:

@@ -18,6 +18,7 @@ from typing import IO, Annotated, Any
 import tyro
 
 from dsv4_jax.errors import UserError
+from sharding.processes import CPU_THREADS, cpu_threads
 
 DESCRIPTION = """Start a command in several processes on this machine, as one job.
 
@@ -75,6 +76,7 @@ def environment(count: int, number: int, port: int, devices: int = 1) -> dict[st
         "JAX_PROCESS_ID": str(number),
         "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own)),
         "JAX_NUM_CPU_DEVICES": str(devices),
+        CPU_THREADS: os.environ.get(CPU_THREADS, cpu_threads(devices)),
         "XLA_FLAGS": flags,
         "PYTHONUNBUFFERED": "1",
     }

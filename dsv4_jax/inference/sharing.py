@@ -73,6 +73,7 @@ def fork(cache: Cache, count: int, capacity: int, blocks: int | None = None) -> 
         states=states,
         pools=pools,
         sealed=None,
+        own_blocks=False,
     )
 
 

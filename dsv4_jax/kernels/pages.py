@@ -13,7 +13,9 @@ from dsv4_jax.quantization.storage import Storage, Stored
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["store", "layer", "tables"], meta_fields=["storage", "per_block"]
+    jax.tree_util.register_dataclass,
+    data_fields=["store", "layer", "tables"],
+    meta_fields=["storage", "per_block", "own_blocks"],
 )
 @dataclass(frozen=True)
 class Pages:
@@ -25,6 +27,7 @@ class Pages:
         tables: block numbers [B, N].
         storage: their format.
         per_block: E, entries per block.
+        own_blocks: sequence b has the blocks b * N .. (b + 1) * N, and no other sequence does.
     """
 
     store: Stored
@@ -32,6 +35,7 @@ class Pages:
     tables: jax.Array
     storage: Storage
     per_block: int
+    own_blocks: bool = False
 
     @property
     def capacity(self) -> int:

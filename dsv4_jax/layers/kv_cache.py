@@ -56,7 +56,7 @@ class LayerCache(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["lengths", "tables", "states", "pools", "sealed"],
-    meta_fields=["format", "block_tokens"],
+    meta_fields=["format", "block_tokens", "own_blocks"],
 )
 @dataclass(frozen=True)
 class Cache:
@@ -71,6 +71,8 @@ class Cache:
         block_tokens: tokens per block, the least common multiple of the compression ratios.
         sealed: tokens [B], whole blocks, whose entries the pool holds already: forwards over them read those and write
             none, which brings back a state that was not kept. None: nothing is sealed.
+        own_blocks: row b owns the blocks b * N .. (b + 1) * N and no others, so that rows and blocks can lie together
+            on a device.
 
     Stacks are named as parameters are: "0/1" is position 1 of segment 0's unit; "mtp" is the MTP block.
     """
@@ -82,6 +84,7 @@ class Cache:
     format: CacheFormat
     block_tokens: int
     sealed: jax.Array | None = None
+    own_blocks: bool = False
 
     @property
     def batch(self) -> int:
@@ -97,7 +100,7 @@ class Cache:
         """Layer `number` of its stack as attention sees it, from the layer's state and the stack's pools."""
         per_block = self.block_tokens // spec.ratio if spec.ratio else 0
         pages = {
-            name: Pages(store, number, self.tables, _storage(self.format, name), per_block)
+            name: Pages(store, number, self.tables, _storage(self.format, name), per_block, self.own_blocks)
             for name, store in pools.items()
         }
         return LayerCache(
@@ -159,7 +162,7 @@ def init_cache(
     depth = {name: 1 if name == "mtp" else config.segments[int(name.split("/")[0])].repeats for name in stacks(config)}
     states = {name: _empty_state(config, spec, depth[name], batch, form) for name, spec in stacks(config).items()}
     pools = {name: _empty_pools(spec, depth[name], count, tokens, form) for name, spec in stacks(config).items()}
-    return Cache(jnp.zeros(batch, jnp.int32), tables, states, pools, form, tokens)
+    return Cache(jnp.zeros(batch, jnp.int32), tables, states, pools, form, tokens, own_blocks=blocks is None)
 
 
 def split_layer(layer: LayerCache) -> tuple[dict[str, Any], dict[str, Stored]]:

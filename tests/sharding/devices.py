@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sharding.processes import CPU_THREADS, cpu_threads
+
 
 def on_devices(count: int, function: Callable[..., Any], *args: Any, timeout: float = 600) -> Any:
     """`function(*args)` on `count` CPU devices.
@@ -37,6 +39,7 @@ def on_devices(count: int, function: Callable[..., Any], *args: Any, timeout: fl
     environment = os.environ | {
         "XLA_FLAGS": flags.strip(),
         "JAX_PLATFORMS": "cpu",
+        CPU_THREADS: cpu_threads(count),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
     }
     with tempfile.TemporaryDirectory() as folder:

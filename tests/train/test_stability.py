@@ -24,6 +24,7 @@ from test_loop import MODEL
 
 from dsv4_jax import model
 from dsv4_jax.errors import UserError
+from dsv4_jax.partition import ALONE
 from dsv4_jax.segments import learned_choices
 from train import interruptions, stage_run
 from train.checkpointing import CheckpointError, Checkpoints, load_params
@@ -33,6 +34,7 @@ from train.interruptions import DiskError, Terminated
 from train.loop import train
 from train.losses import OBJECTIVES
 from train.metrics import read_metrics
+from train.placement import Placement
 from train.recipe import RecipeError, find_recipe
 from train.schedule import warmup_constant_cosine
 from train.stability import Spike, SpikeDetector, Stability, UnstableError, Watch
@@ -393,8 +395,9 @@ def test_the_experts_of_the_mode_are_those_of_older_parameters(home, spiked):
 
     folder, loss = spiked[0], lines_of(spiked[0])
     plan = StepPlan(recipe.check(), recipe.schedule(), recipe.decay_start, recipe.optimizer, recipe.losses)
-    batches = stage_batches(recipe, open_store(recipe, plan.config, home / "cache"), 0, 0, {})
-    thirteenth = stage_run.to_device([next(batches) for _ in range(13)][-1])
+    batches = stage_batches(recipe, open_store(recipe, plan.config, home / "cache"), 0, 0, {}, plan.placement)
+    batch = [next(batches) for _ in range(13)][-1]
+    thirteenth = plan.placement.to_devices(batch, len(batch["tokens"]))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         shapes = jax.eval_shape(lambda: plan.init(0))
         states = {step: checkpoints.restore(shapes, step)[1] for step in (10, 12)}
@@ -465,16 +468,16 @@ def test_skipped_steps_are_reported_and_too_many_end_the_run(run, home, monkeypa
 
 
 def test_sigterm_saves_the_step_it_is_in_and_the_run_goes_on_from_there(run, home, monkeypatch, capsys):
-    original = stage_run.to_device
+    original = Placement.to_devices
     taken = []
 
-    def to_device(batch):
+    def to_devices(self, batch, rows):
         taken.append(batch)
         if len(taken) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch)
+        return original(self, batch, rows)
 
-    monkeypatch.setattr(stage_run, "to_device", to_device)
+    monkeypatch.setattr(Placement, "to_devices", to_devices)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated) as ended:
         run("asked", "cadence.checkpoint_every=100")
@@ -538,14 +541,16 @@ def test_batches_are_looked_at_without_being_taken(home):
     from train.run_data import open_store, stage_batches
 
     recipe = find_recipe(home / "tiny.json")
-    store = open_store(recipe, recipe.check(), home / "cache")
-    expected = [next(batches) for batches in [stage_batches(recipe, store, 0, 0, {})] for _ in range(9)]
-    ahead = ReadAhead(stage_batches(recipe, store, 0, 0, {}), "text", 30.0)
+    config = recipe.check()
+    store, alone = open_store(recipe, config, home / "cache"), Placement(ALONE, config)
+    batches = stage_batches(recipe, store, 0, 0, {}, alone)
+    expected = [next(batches) for _ in range(9)]
+    ahead = ReadAhead(stage_batches(recipe, store, 0, 0, {}, alone), "text", 30.0)
     for i in range(5):
         np.testing.assert_array_equal(ahead.peek(i % 4)["tokens"], expected[i + i % 4]["tokens"])
         np.testing.assert_array_equal(next(ahead)["tokens"], expected[i]["tokens"])
         assert ahead.get_state()["step"] == i + 1
-    resumed = ReadAhead(stage_batches(recipe, store, 0, 5, {"data": ahead.get_state()}), "text", 30.0)
+    resumed = ReadAhead(stage_batches(recipe, store, 0, 5, {"data": ahead.get_state()}, alone), "text", 30.0)
     np.testing.assert_array_equal(next(resumed)["tokens"], expected[5]["tokens"])
     ahead.close(), resumed.close()
 

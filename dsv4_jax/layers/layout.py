@@ -110,7 +110,7 @@ def make_cached_layout(config: DeepseekV4Config, length: int, past: Past) -> Lay
     positions = past.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
     main = frequencies(config.rope_theta, config.qk_rope_head_dim, None)
     compress = frequencies(config.compress_rope_theta, config.qk_rope_head_dim, config.rope_scaling)
-    kinds = set(zip(config.layer_types, config.compress_ratios, strict=True))
+    kinds = sorted(set(zip(config.layer_types, config.compress_ratios, strict=True)))  # every process, the same program
     return Layout(
         None,
         positions,

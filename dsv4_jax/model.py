@@ -50,18 +50,15 @@ class Block(nnx.Module):
         with jax.named_scope("moe"):
             ffn_maps = self.hc_ffn(streams)
             x = rms_norm(read(streams, ffn_maps.pre), self.ffn_norm[...], self.eps)
-            mlp_out, routed = self.ffn(x, batch.tokens, batch.counted, batch.expert_ids, partition=options.partition)
+            given = batch.tokens, batch.counted, batch.expert_ids
+            mlp_out, routed = self.ffn(x, *given, options.partition, options.attention.policy)
             streams = write(streams, mlp_out, ffn_maps.post, ffn_maps.comb)
         errors = jnp.maximum(jnp.stack(stochastic_errors(maps.comb)), jnp.stack(stochastic_errors(ffn_maps.comb)))
         record = {"load": routed["load"], "balance": routed["balance"], "hc_errors": errors}
         record |= {"index_loss": seen["index_loss"]} if "index_loss" in seen else {}
         if options.record:
-            record |= {
-                "layer_out": streams,
-                "attn_out": attn_out,
-                "mlp_out": mlp_out,
-                "expert_ids": routed["expert_ids"],
-            }
+            record |= {"layer_out": streams, "attn_out": attn_out, "mlp_out": mlp_out}
+            record |= {"expert_ids": routed["expert_ids"]}
             record |= {"selected": seen["selected"]} if "selected" in seen else {}
         return streams, record, past
 
@@ -89,9 +86,9 @@ class MultiTokenPrediction(nnx.Module):
         past: LayerCache | None = None,
     ) -> tuple[jax.Array, Record, LayerCache | None]:
         """Streams [B, S, n, D] before the head read, next tokens' embeddings [B, S, D] -> ([B, S, D], record, past)."""
-        eps = self.config.rms_norm_eps
-        embedded = dense(rms_norm(next_embedding, self.enorm[...], eps), self.e_proj[...])
-        carried = dense(rms_norm(streams, self.hnorm[...], eps), self.h_proj[...])
+        eps, policy = self.config.rms_norm_eps, options.attention.policy
+        embedded = dense(policy("mtp_input", rms_norm(next_embedding, self.enorm[...], eps)), self.e_proj[...])
+        carried = dense(policy("mtp_input", rms_norm(streams, self.hnorm[...], eps)), self.h_proj[...])
         streams, record, past = self.block(embedded[..., None, :] + carried, batch, options, past)
         return rms_norm(self.hc_head(streams), self.norm[...], eps), record, past
 

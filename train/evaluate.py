@@ -34,6 +34,7 @@ class Evaluator:
         batch_size: rows of a batch.
         forward: `model.forward`, possibly with dtype and policy filled in.
         placement: where parameters and batches lie; every process scores every batch.
+        rounded: parameters as they are computed with, if the policy rounds them (`StepPlan.rounded`).
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class Evaluator:
         batch_size: int,
         forward: Callable[..., model.Output] = model.forward,
         placement: Placement | None = None,
+        rounded: Callable[[Any], Any] = lambda params: params,
     ):
         """See the class."""
         self.config, self.store, self.seq_len, self.batch_size = config, store, seq_len, batch_size
         self.placement = placement or Placement(ALONE, config)
         whole: dict[str, Any] = {} if self.placement.whole is None else {"out_shardings": self.placement.whole}
         self._scores = {mode: jax.jit(partial(self._placed_scores, mode), **whole) for mode in ("dense", "sparse")}
-        self._forward = forward
+        self._forward, self._rounded = forward, rounded
 
     def heldout(self, params: Any, attention: Attention, documents: int | None = None) -> dict[str, float]:
         """Bits per byte of the (first `documents`) held-out documents, "heldout_bpb"; dense also "index_recall".
@@ -78,7 +80,7 @@ class Evaluator:
         return one_at_a_time(self._scores[attention](params, batch["tokens"], batch["segment_ids"]))
 
     def _placed_scores(self, attention: Attention, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> Scores:
-        params = self.placement.computing(params)
+        params = self.placement.computing(self._rounded(params))
         return scores(self.config, self._forward, attention, params, tokens, segment_ids, self.placement.partition)
 
 

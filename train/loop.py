@@ -176,8 +176,9 @@ class Evaluators:
         """For rows of `length` tokens."""
         if length not in self._made:
             rows = self.run.recipe.cadence.eval_batch_size
+            plan = self.run.plan
             self._made[length] = Evaluator(
-                self.run.config, self.store, length, rows, self.run.plan.forward(), self.run.plan.placement
+                self.run.config, self.store, length, rows, plan.forward(), plan.placement, plan.rounded
             )
         return self._made[length]
 

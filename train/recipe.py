@@ -15,6 +15,7 @@ from dsv4_jax.config import ConfigError, DeepseekV4Config
 from dsv4_jax.config_checks import nearest
 from dsv4_jax.errors import UserError
 from dsv4_jax.presets import preset
+from dsv4_jax.quantization.policy import precision_policy
 from train.losses import LossWeights
 from train.optimizer import OptimizerConfig
 from train.recipe_json import read_json, recipe_from_json, recipe_to_json, set_values
@@ -154,7 +155,7 @@ class Recipe:
         optimizer: numbers of Muon and AdamW.
         learning_rate: the schedule.
         losses: weights of the losses.
-        precision: compute dtype, rematerialisation.
+        precision: compute dtype, rematerialisation, rounding to FP8 and FP4.
         cadence: checkpoints and evaluations.
         stability: what to do about loss spikes and steps that are not finite.
         seed: of parameters and data.
@@ -287,4 +288,8 @@ def _number_problems(recipe: Recipe) -> list[str]:
         problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
     if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
         problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
+    try:
+        precision_policy(recipe.precision.policy, recipe.model.config)
+    except UserError as error:
+        problems.append(f"precision.policy: {error}")
     return problems + recipe.stability.problems()

@@ -15,6 +15,7 @@ from dsv4_jax import model, weights
 from dsv4_jax.config import CSA, DeepseekV4Config
 from dsv4_jax.facts import Fact
 from dsv4_jax.partition import ALONE, Partition
+from dsv4_jax.quantization.policy import Policy, precision_policy
 from dsv4_jax.segments import learned_choices
 from sharding.partition import MeshPartition
 from train.losses import OBJECTIVES, Batch, LossWeights, Objective, Parts, batch_totals, learned_blocks, training_loss
@@ -35,11 +36,14 @@ class Precision:
         compute: dtype of activations and matrix products.
         remat: "block" recomputes the activations of each unit of blocks in the backward pass.
         unroll: how many units the layer loop unrolls; 0 all. Unrolled code compiles longer and can run faster.
+        policy: what is rounded to FP8 and FP4 (`dsv4_jax.quantization.policy.precision_policy`): "none", "fp8", "v4",
+            or one of these with changes, "v4,kv_entry=none".
     """
 
     compute: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "block"] = "none"
     unroll: int = 1
+    policy: str = "none"
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,19 @@ class StepPlan:
         return Placement(self.partition, self.config)
 
     def forward(self) -> Callable[..., model.Output]:
-        """`model.forward` with the precision filled in."""
+        """`model.forward` with the precision filled in; it wants parameters that are `rounded`."""
         chosen = self.precision
-        unroll = chosen.unroll or True
-        return partial(model.forward, dtype=jnp.dtype(chosen.compute), remat=chosen.remat, unroll=unroll)
+        computing = {"dtype": jnp.dtype(chosen.compute), "policy": self.policy}
+        return partial(model.forward, remat=chosen.remat, unroll=chosen.unroll or True, **computing)
+
+    @property
+    def policy(self) -> Policy:
+        """What is rounded, by tensor role."""
+        return precision_policy(self.precision.policy, self.config)
+
+    def rounded(self, params: Any) -> Any:
+        """Parameters as the policy stores them. The gradient with respect to these goes to the masters as it is."""
+        return self.policy.weights(weights.facts(self.config), params)
 
     def transformation(self, kind: Kind = "dense") -> optax.GradientTransformation:
         """The optimizer of a stage; its state has the same structure in every stage."""
@@ -131,6 +144,8 @@ def chosen_experts(plan: StepPlan, kind: Kind, microbatches: int, params: Any, b
     mtp = bool(config.mtp_layers) and (objective.language or config.mtp_layers[0].attention == CSA)
     forward = partial(plan.forward(), attention=objective.attention, logits=False, mtp=mtp, record=True)
 
+    params = plan.rounded(params)
+
     def choose(batch: Batch) -> jax.Array:
         out = forward(config, params, batch["tokens"], segment_ids=batch["segment_ids"])
         return learned_choices(config, out.layers)
@@ -167,12 +182,15 @@ def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState,
 def batch_gradients(
     plan: StepPlan, objective: Objective, microbatches: int, params: Any, batch: Batch, mtp_weight: jax.Array
 ) -> tuple[Any, Parts]:
-    """Gradients (None where nothing moves) and the parts of the loss, "loss" among them, of a whole batch."""
+    """Gradients (None where nothing moves) and the parts of the loss, "loss" among them, of a whole batch.
+
+    Weights are rounded once for all microbatches.
+    """
     rows = batch["tokens"].shape[0]
     if rows % microbatches:
         raise ValueError(f"a batch of {rows} rows cannot be cut into {microbatches} microbatches of equal size")
     config, forward = plan.config, plan.forward()
-    moved, held = split(params, weights.facts(config), partial(moves, objective))
+    moved, held = split(plan.rounded(params), weights.facts(config), partial(moves, objective))
     totals = batch_totals(config, batch)
 
     def loss(moved: Any, batch: Batch) -> tuple[jax.Array, Parts]:

@@ -79,11 +79,13 @@ class Attention(nnx.Module):
         rope = layout.rope["main" if self.spec.attention == SLIDING else "compress"]
         head_rope = Rotation(*(angle[..., None, :] for angle in rope))
         with jax.named_scope("queries"):
-            qr = rms_norm(dense(x, self.wq_a[...]), self.q_norm[...], c.rms_norm_eps)
+            rounded = options.policy("attn_input", x)
+            qr = rms_norm(dense(rounded, self.wq_a[...]), self.q_norm[...], c.rms_norm_eps)
+            qr = options.policy("attn_input", qr)
             q = dense(qr, self.wq_b[...]).reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
             q = rotate(rms_norm(q, None, c.rms_norm_eps), head_rope)
         with jax.named_scope("window"):
-            kv = rotate(rms_norm(dense(x, self.wkv[...]), self.kv_norm[...], c.rms_norm_eps), rope)
+            kv = rotate(rms_norm(dense(rounded, self.wkv[...]), self.kv_norm[...], c.rms_norm_eps), rope)
             kv = options.policy("kv_entry", kv)
             kv, past = self._remember(neighbours.before(kv, c.sliding_window), layout, past)
             positions = layout.positions if kv.shape[1] > x.shape[1] else None
@@ -92,7 +94,7 @@ class Attention(nnx.Module):
         blocks = layout.blocks.get(self.spec.ratio)
         if blocks is None:  # a sliding layer, or a row shorter than one block
             out, _ = merge(branches, self.attn_sink[...])
-            return self._project(out, head_rope), record, past
+            return self._project(out, head_rope, options.policy), record, past
         with jax.named_scope("compress"):
             entries, past = self._compress(x, blocks, options, past, neighbours)
         choice, operands, past = self._choose(x, qr, rope, blocks, entries, options, past, neighbours, record)
@@ -106,7 +108,7 @@ class Attention(nnx.Module):
             compared = jnp.stack([blocks.lo, blocks.hi], -1) if choice is None else choice
             k = c.index_topk if choice is None else 0
             record["index_loss"] = index_loss(operands, q, entries, lse, compared, scale, k)
-        return self._project(out, head_rope), record, past
+        return self._project(out, head_rope, options.policy), record, past
 
     def _remember(self, kv: jax.Array, layout: Layout, past: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """Without a cache kv [B, S, K] itself; else the window before it and kv, as stored: [B, W + S, K]."""
@@ -157,13 +159,14 @@ class Attention(nnx.Module):
             record["selected"] = index_topk(operands, blocks.lo, blocks.hi, self.config.index_topk)
             return record["selected"], operands, past
 
-    def _project(self, out: jax.Array, rope: Rotation) -> jax.Array:
+    def _project(self, out: jax.Array, rope: Rotation, policy: Policy) -> jax.Array:
         """Rotate the heads' outputs [B, S, H, K] back, project each group of heads, then all groups: [B, S, D]."""
         with jax.named_scope("output"):
             groups, rows = self.config.o_groups, out.shape[0] * out.shape[1]
-            # Groups lead: a plain batched product, which every backend has in bfloat16 too.
+            # Groups lead: a plain batched product, which every backend has in bfloat16 too. The release rounds the
+            # matrices `wo_a`, and not what they multiply.
             grouped = jnp.moveaxis(rotate(out, rope.inverse()).reshape(rows, groups, -1), 1, 0)
             weight = self.wo_a[...].astype(out.dtype)
             low = jnp.einsum("gni,gio->gno", grouped, weight, preferred_element_type=jnp.float32)
             low = jnp.moveaxis(low, 0, 1).astype(out.dtype).reshape(*out.shape[:2], -1)
-            return dense(low, self.wo_b[...])
+            return dense(policy("attn_input", low), self.wo_b[...])

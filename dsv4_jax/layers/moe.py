@@ -14,6 +14,7 @@ from dsv4_jax.kernels.grouped_matmul import collect, grouped_matmul, make_groups
 from dsv4_jax.layers.norm import dense
 from dsv4_jax.layers.parameters import buffer, normal, parameter
 from dsv4_jax.partition import ALONE, Partition
+from dsv4_jax.quantization.policy import NONE, Policy
 
 
 class Routing(NamedTuple):
@@ -76,15 +77,17 @@ class Experts(nnx.Module):
         self.w3 = parameter(normal(rngs, wide, c), (*axes, "embed", "mlp"), "muon", "experts")
         self.w2 = parameter(normal(rngs, narrow, c), (*axes, "mlp", "embed"), "muon", "experts")
 
-    def shared(self, x: jax.Array) -> jax.Array:
+    def shared(self, x: jax.Array, policy: Policy) -> jax.Array:
         """The shared expert on every token: [B, S, D] -> [B, S, D]."""
+        x = policy("shared_input", x)
         hidden = swiglu(dense(x, self.w1[...]), dense(x, self.w3[...]), self.config.swiglu_limit)
-        return dense(hidden, self.w2[...])
+        return dense(policy("shared_input", hidden), self.w2[...])
 
-    def routed(self, x: jax.Array, routing: Routing, partition: Partition) -> jax.Array:
+    def routed(self, x: jax.Array, routing: Routing, partition: Partition, policy: Policy) -> jax.Array:
         """The weighted sum of each token's experts: [B, S, D] -> [B, S, D]; no token is dropped."""
         matrices = Matrices(self.w1[...], self.w3[...], self.w2[...])
-        apply = partial(apply_experts, self.config.swiglu_limit)
+        apply = partial(apply_experts, self.config.swiglu_limit, policy=policy)
+        x = policy("expert_input", x)  # before tokens travel to their experts
         return partition.experts(apply, matrices, x, routing.expert_ids, routing.weights)
 
 
@@ -97,7 +100,12 @@ class Matrices(NamedTuple):
 
 
 def apply_experts(
-    limit: float, experts: Matrices, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+    limit: float,
+    experts: Matrices,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    policy: Policy = NONE,
 ) -> jax.Array:
     """The weighted sum of each token's experts, accumulated in float32.
 
@@ -107,23 +115,25 @@ def apply_experts(
         x: [N, D].
         expert_ids: [N, k]; E, the number of experts, means none.
         weights: [N, k] float32. They multiply the hidden activation, before w2, as in the release.
+        policy: rounds the hidden activation; x comes rounded.
 
     Returns:
         [N, D] in x's dtype.
     """
     count = len(experts.w1)
     if expert_ids.size <= count // 2:
-        return _pair_by_pair(limit, experts, x, expert_ids, weights)
+        return _pair_by_pair(limit, experts, x, expert_ids, weights, policy)
     groups = make_groups(expert_ids, count, tile_rows(expert_ids.size, count))
     rows = spread(x, groups)
     gate, up = grouped_matmul(rows, experts.w1, groups), grouped_matmul(rows, experts.w3, groups)
     row_weights = spread_weights(weights, groups.row_of, groups.pair_of)
     hidden = swiglu(gate, up, limit).astype(jnp.float32) * row_weights[:, None]
-    return collect(grouped_matmul(hidden.astype(x.dtype), experts.w2, groups), groups)
+    hidden = policy("expert_input", hidden.astype(x.dtype))
+    return collect(grouped_matmul(hidden, experts.w2, groups), groups)
 
 
 def _pair_by_pair(
-    limit: float, experts: Matrices, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+    limit: float, experts: Matrices, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, policy: Policy
 ) -> jax.Array:
     """`apply_experts` for so few pairs that hardly two meet in an expert: decoding. Nothing is sorted or padded.
 
@@ -136,7 +146,7 @@ def _pair_by_pair(
         row = x[token][None]
         gate, up = dense(row, experts.w1[expert]), dense(row, experts.w3[expert])
         hidden = swiglu(gate, up, limit).astype(jnp.float32) * jnp.where(expert < count, weight, 0)
-        return None, dense(hidden.astype(x.dtype), experts.w2[expert])[0]
+        return None, dense(policy("expert_input", hidden.astype(x.dtype)), experts.w2[expert])[0]
 
     tokens = jnp.arange(expert_ids.size, dtype=jnp.int32) // k
     rows = jax.lax.scan(one, None, (tokens, expert_ids.reshape(-1), weights.reshape(-1)))[1]
@@ -159,6 +169,7 @@ class MoE(nnx.Module):
         counted: jax.Array,
         given: jax.Array | None = None,
         partition: Partition = ALONE,
+        policy: Policy = NONE,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """x [B, S, D], token ids [B, S], experts given to a learned router [B, S, k] -> ([B, S, D], record).
 
@@ -171,7 +182,7 @@ class MoE(nnx.Module):
             each = (x, tokens) if given is None else (x, tokens, given)
             routing = partition.token_values(route, nnx.to_pure_dict(gate), *each)
         with jax.named_scope("experts"):
-            out = self.experts.routed(x, routing, partition) + self.shared_experts.shared(x)
+            out = self.experts.routed(x, routing, partition, policy) + self.shared_experts.shared(x, policy)
         return out, balance_record(routing, counted)
 
 

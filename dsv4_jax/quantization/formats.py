@@ -98,6 +98,35 @@ def dequantise_fp4(packed: A, scales: A, block: int = FP4_BLOCK, dtype: Any = jn
     return _scaled(unpack_fp4(packed), scales, (1, block), (0, 0), dtype)
 
 
+def fp4_as_fp8(packed: A, scales: A) -> tuple[A, A, A]:
+    """FP4 matrices, as `quantise_fp4` packs them, in FP8 tiles of 128 x 128: what an FP8 matrix product can read.
+
+    The scale of a tile is its largest FP4 scale over 2^6, so that the largest number, 6, becomes 384 of 448. Nothing is
+    lost where the FP4 scales of a tile span at most 2^6 (report 2.3.4); e4m3's denormals in fact bear up to 2^14.
+    Blocks of zeros do not count.
+
+    Args:
+        packed: uint8 or int8 [.., rows, n / 2].
+        scales: float8_e8m0fnu [.., rows, ceil(n / 32)].
+
+    Returns:
+        (float8_e4m3fn [.., rows, n]; float8_e8m0fnu [.., ceil(rows / 128), ceil(n / 128)]; bool of the same shape:
+        whether every number of the tile is still the same).
+    """
+    numbers, tile = unpack_fp4(packed), (TILE[0], TILE[1] // FP4_BLOCK)
+    xp, codes = _module(numbers), scales.view(np.uint8).astype(np.int32)
+    zeros = (_tile_maxima(numbers, (1, FP4_BLOCK)) == 0) & (codes != NAN_SCALE)
+    codes = xp.where(zeros, 0, codes)
+    largest = _tile_maxima(codes.astype(np.float32), tile).astype(np.int32)
+    powers = xp.where(largest == NAN_SCALE, 128, xp.maximum(largest - 6, 1) - 127)
+    # Below 2^-100 every number is lost; the bound keeps the powers within float32's normal ones.
+    offsets = xp.maximum(codes - 127 - expand(powers, codes.shape, tile, (0, 0)), -100)
+    moved = numbers * expand(power_of_two(offsets), numbers.shape, (1, FP4_BLOCK), (0, 0))
+    values = moved.astype(FP8)
+    lost = _tile_maxima((values.astype(np.float32) != moved).astype(np.float32), TILE) > 0
+    return values, _scale_bytes(powers), ~lost & (powers < 128)
+
+
 def unpack_fp4(packed: A) -> A:
     """The e2m1 numbers of packed bytes, without their scales: [.., n / 2] -> float32 [.., n]."""
     return _unpacked(packed.view(np.uint8))
@@ -121,7 +150,7 @@ def _powers(
 
     Where dividing by a known scale and rounding changes nothing, that scale stays.
     """
-    smallest = _smallest_powers(x, tile, largest)
+    smallest = smallest_powers(x, tile, largest)
     if known is None:
         return smallest
     xp, codes = _module(x), known.view(np.uint8).astype(np.int32) - 127
@@ -132,10 +161,10 @@ def _powers(
 
 
 def _divided(x: Array, powers: Array, tile: tuple[int, int]) -> Array:
-    return x * _expand(_power_of_two(-powers), x.shape, tile, (0, 0))
+    return x * expand(power_of_two(-powers), x.shape, tile, (0, 0))
 
 
-def _smallest_powers(x: Array, tile: tuple[int, int], largest: float) -> Array:
+def smallest_powers(x: Array, tile: tuple[int, int], largest: float) -> Array:
     """For every tile the smallest int32 p with max|x| <= largest * 2^p, from -126 on; 128 where x is not finite.
 
     Bits, not logarithms: 1.m x 2^e <= 1.n x 2^f x 2^p asks for p = e - f, and one more when m > n.
@@ -185,10 +214,10 @@ def _e2m1_codes(x: Array) -> Array:
 
 
 def _scaled(x: Array, scales: Array, tile: tuple[int, int], start: tuple[int, int], dtype: Any) -> Array:
-    return (x * _expand(scales_as_float(scales), x.shape, tile, start)).astype(dtype)
+    return (x * expand(scales_as_float(scales), x.shape, tile, start)).astype(dtype)
 
 
-def _expand(scales: Array, shape: tuple[int, ...], tile: tuple[int, int], start: tuple[int, int]) -> Array:
+def expand(scales: Array, shape: tuple[int, ...], tile: tuple[int, int], start: tuple[int, int]) -> Array:
     """Scales of the tiles, one per element of `shape`, whose first element lies at `start` in the first tile."""
     scales = _repeat(scales, tile[1], -1, start[1], shape[-1])
     if tile[0] == 1 or len(shape) == 1:
@@ -202,7 +231,7 @@ def _repeat(scales: Array, times: int, axis: int, start: int, length: int) -> Ar
     return repeated[(..., slice(start, start + length), *(slice(None),) * (-1 - axis))]
 
 
-def _power_of_two(power: Array) -> Array:
+def power_of_two(power: Array) -> Array:
     """2^p as float32 for integers -126 <= p <= 127, NaN for -128: exact on every backend, as exp2 is not."""
     return _module(power).where(power == -128, np.int32(0x7FC00000), (power + 127) << 23).view(np.float32)
 

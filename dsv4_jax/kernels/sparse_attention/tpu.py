@@ -5,8 +5,8 @@ enough for the matrix unit. What has to be hidden is the fetching. Entries stay 
 memory, from where each row's DMA is issued, and two buffers alternate between arriving and being used.
 
 A DMA moves whole tiles, and in an array [T, K] a row is no tile. The entries are therefore laid out as [T, words / 128,
-128] with 32 bits to a word: rows of their own. Two BF16 numbers share a word, those of places i and i + K / 2, which the
-kernel takes apart by a shift and a mask; no number moves between lanes.
+128] with 32 bits to a word: rows of their own. Two BF16 numbers share a word, those of places i and i + K / 2, which
+the kernel takes apart by a shift and a mask; no number moves between lanes.
 
 The backward pass computes the weights again from the saved log-sum-exp. The gradients of a query's chosen entries come
 out as rows, [k, K], and are added up in the order of queries by XLA's scatter: there are no atomic additions, and equal
@@ -73,9 +73,7 @@ def _forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float,
             jax.ShapeDtypeStruct((batch, slots, heads), jnp.float32),
         ],
         scratch_shapes=_buffers(choices, words),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="gather_attention",
     )(indices, indices, q, words)
@@ -226,9 +224,7 @@ def _backward(q, d_out, delta, lse, entries, indices, scale, interpret):
             pltpu.VMEM((2, choices, k_width), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="gather_attention_backward",
     )(indices, indices, q, d_out, delta, lse, words)

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsv4_jax.analysis.hardware import Operand
+from dsv4_jax.kernels.platforms import compiling_for
 from sharding.hlo import Collective, collectives, largest_arrays
 from sharding.roofline import Roofline, roofline
 from sharding.targets import Target
@@ -160,7 +161,8 @@ def compile_for(program: Program, target: Target, mesh: Mesh, say: Callable[[str
     """
     say("tracing")
     started = time.perf_counter()
-    lowered = program.function.lower(*program.arguments)
+    with compiling_for("tpu" if target.is_tpu else "cuda"):
+        lowered = program.function.lower(*program.arguments)
     lowered_at = time.perf_counter()
     say("compiling")
     seconds = lambda: (lowered_at - started, time.perf_counter() - lowered_at)  # noqa: E731

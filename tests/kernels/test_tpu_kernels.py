@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.kernels.sparse_attention import reference, tpu
+from dsv4_jax.errors import UserError
+from dsv4_jax.kernels import platforms
+from dsv4_jax.kernels.sparse_attention import gather_attention, reference, tpu
 
 SCALE = 0.4
 INTERPRET = pltpu.InterpretParams(detect_races=True)
@@ -45,21 +47,35 @@ def test_chosen_entries_and_their_gradients(batch, length, heads, width, entries
     indices = jnp.asarray(np.where(unused, -1, order), jnp.int32)
     d_out, d_lse = draw(*q.shape), jnp.asarray(rng.normal(size=q.shape[:3]), jnp.float32)
 
-    def run(attend):
-        primal, pull = jax.vjp(lambda q, keys: attend(q, keys, indices, SCALE), q, keys)
-        d_lse_seen = jnp.where(jnp.isfinite(primal[1]), d_lse, 0.0)
-        return *primal, *pull((d_out.astype(primal[0].dtype), d_lse_seen))
-
-    def stated(q, keys, indices, scale):
-        wide = q.astype(jnp.float32), keys.astype(jnp.float32)
-        return reference.gather_attention(*wide, indices, scale)
-
-    found = run(lambda *args: tpu.gather_attention(*args, INTERPRET))
-    for name, a, b in zip(("out", "lse", "d_q", "d_keys"), found, run(stated), strict=True):
+    primal, pull = jax.vjp(lambda q, keys: stated(q, keys, indices), q, keys)
+    d_lse = jnp.where(jnp.isfinite(primal[1]), d_lse, 0.0)
+    wanted = *primal, *pull((d_out.astype(primal[0].dtype), d_lse))
+    out, lse = tpu.forward(q, keys, indices, SCALE, INTERPRET)
+    found = out, lse, *tpu.backward(q, keys, indices, out, lse, d_out, d_lse, SCALE, INTERPRET)
+    for name, a, b in zip(("out", "lse", "d_q", "d_keys"), found, wanted, strict=True):
         close(name, a, b, TOLERANCE[dtype])
 
 
-def test_operands_of_two_dtypes_are_refused():
-    q, keys = jnp.zeros((1, 8, 8, 128), jnp.bfloat16), jnp.zeros((1, 4, 128))
-    with pytest.raises(ValueError, match="queries are bfloat16 and entries float32"):
-        tpu.gather_attention(q, keys, jnp.zeros((1, 8, 2), jnp.int32), SCALE, INTERPRET)
+def stated(q, keys, indices):
+    return reference.gather_attention(q.astype(jnp.float32), keys.astype(jnp.float32), indices, SCALE)
+
+
+def test_the_kernel_of_a_platform_is_in_the_program_compiled_for_it(monkeypatch):
+    q, keys, indices = jnp.zeros((1, 8, 8, 128)), jnp.zeros((1, 4, 128)), jnp.zeros((1, 8, 2), jnp.int32)
+    loss = lambda q, keys: gather_attention(q, keys, indices, SCALE)[0].sum()  # noqa: E731
+
+    def lowered(platform):
+        with platforms.compiling_for(platform):
+            return jax.jit(jax.grad(loss, (0, 1))).trace(q, keys).lower(lowering_platforms=(platform,)).as_text()
+
+    assert lowered("tpu").count("tpu_custom_call") == 2
+    assert "custom_call" not in lowered("cpu")
+    monkeypatch.setenv("DSV4_KERNELS", "xla")
+    assert "tpu_custom_call" not in lowered("tpu")
+    monkeypatch.setenv("DSV4_KERNELS", "triton")
+    with pytest.raises(UserError, match="DSV4_KERNELS is 'triton': one of auto, xla"):
+        lowered("tpu")
+
+
+def test_operands_of_two_dtypes_are_left_to_xla():
+    assert not tpu.supports(jnp.zeros((1, 8, 8, 128), jnp.bfloat16), jnp.zeros((1, 4, 128)))

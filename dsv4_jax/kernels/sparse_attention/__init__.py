@@ -8,7 +8,8 @@ a window, chosen entries, all entries, or another device's entries, combine exac
 import jax
 
 from dsv4_jax.kernels.pages import Pages
-from dsv4_jax.kernels.sparse_attention import paged, xla
+from dsv4_jax.kernels.sparse_attention import entries as rows
+from dsv4_jax.kernels.sparse_attention import paged
 from dsv4_jax.kernels.sparse_attention.merge import merge
 from dsv4_jax.kernels.sparse_attention.xla import Branch, window_attention
 
@@ -19,11 +20,11 @@ def range_attention(q: jax.Array, entries: jax.Array | Pages, lo: jax.Array, hi:
     """Query t attends the entries lo_t <= i < hi_t of its row, or of a cache's pages, where sequences begin at 0."""
     if isinstance(entries, Pages):
         return paged.range_attention(q, entries, hi, scale)
-    return xla.range_attention(q, entries, lo, hi, scale)
+    return rows.range_attention(q, entries, lo, hi, scale)
 
 
 def gather_attention(q: jax.Array, entries: jax.Array | Pages, indices: jax.Array, scale: float) -> Branch:
     """Query t attends the entries `indices[t]` of its row, or of a cache's pages; -1 is unused."""
     if isinstance(entries, Pages):
         return paged.gather_attention(q, entries, indices, scale)
-    return xla.gather_attention(q, entries, indices, scale)
+    return rows.gather_attention(q, entries, indices, scale)

@@ -33,15 +33,17 @@ NEVER = -1e30  # a score that no query sees; its weight is exactly zero
 VMEM_BYTES = 64 << 20
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def gather_attention(
-    q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, interpret: Any = False
-) -> Branch:
+def supports(q: jax.Array, entries: jax.Array) -> bool:
+    """Whether the kernels take these operands: both in BF16 or float32, in which the products are taken."""
+    return q.dtype == entries.dtype and q.dtype in (jnp.bfloat16, jnp.float32)
+
+
+def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, interpret: Any = False) -> Branch:
     """Query t of q [B, S, H, K] attends the entries `indices[t]` of [B, T, K]; indices [B, S, k], -1 is unused.
 
     Args:
-        q: queries, BF16 or float32, in which the products are taken.
-        entries: shared by the heads, in q's dtype.
+        q: queries, of a dtype that `supports` takes.
+        entries: shared by the heads.
         indices: int32.
         scale: factor of the scores.
         interpret: False on a TPU; `pltpu.InterpretParams()` elsewhere.
@@ -49,10 +51,6 @@ def gather_attention(
     Returns:
         Output [B, S, H, K] in q's dtype and log-sum-exp [B, S, H] float32, -inf where a query chose nothing.
     """
-    return _forward(q, entries, indices, scale, interpret)
-
-
-def _forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, interpret: Any) -> Branch:
     length, width = q.shape[1], q.shape[3]
     q, words, indices = _padded(q, entries, indices)
     batch, slots, heads, k_width = q.shape
@@ -157,8 +155,6 @@ def _words(entries: jax.Array) -> jax.Array:
 
 def _padded(q: jax.Array, entries: jax.Array, indices: jax.Array, queries: int = QUERIES) -> tuple[jax.Array, ...]:
     """Queries to whole steps, widths to whole lanes of words, choices to whole lanes; padding is chosen by nobody."""
-    if q.dtype != entries.dtype:
-        raise ValueError(f"queries are {q.dtype} and entries {entries.dtype}: cast one of them")
     per_word = 4 // q.dtype.itemsize
     wide = -q.shape[-1] % (LANES * per_word)
     more = -q.shape[1] % queries
@@ -167,14 +163,18 @@ def _padded(q: jax.Array, entries: jax.Array, indices: jax.Array, queries: int =
     return q, _words(jnp.pad(entries, ((0, 0), (0, 0), (0, wide)))), indices
 
 
-def _vjp_forward(q, entries, indices, scale, interpret):
-    out, lse = _forward(q, entries, indices, scale, interpret)
-    return (out, lse), (q, entries, indices, out, lse)
-
-
-def _vjp_backward(scale, interpret, saved, cotangents):
-    q, entries, indices, out, lse = saved
-    d_out, d_lse = cotangents
+def backward(
+    q: jax.Array,
+    entries: jax.Array,
+    indices: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of q and entries, in their dtypes, from what `forward` was given and returned."""
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
 
@@ -186,10 +186,7 @@ def _vjp_backward(scale, interpret, saved, cotangents):
 
     parts = split((q, d_out, delta, lse), BACKWARD_QUERIES), split(indices, BACKWARD_QUERIES, fill=-1)
     d_entries, dq = jax.lax.scan(one, jnp.zeros(entries.shape, jnp.float32), (*parts[0], parts[1]))
-    return join(dq, q.shape[1]), d_entries.astype(entries.dtype), None
-
-
-gather_attention.defvjp(_vjp_forward, _vjp_backward)
+    return join(dq, q.shape[1]), d_entries.astype(entries.dtype)
 
 
 def _backward(q, d_out, delta, lse, entries, indices, scale, interpret):

@@ -62,26 +62,11 @@ def window_attention(
     return join(jax.lax.map(one, (blocks, keys, *facts), batch_size=at_once), length)
 
 
-def range_attention(q: jax.Array, entries: jax.Array, lo: jax.Array, hi: jax.Array, scale: float) -> Branch:
-    """Query t of q [B, S, H, K] attends every entry lo_t <= i < hi_t of `entries` [B, T, K]; lo, hi [B, S]."""
-    bounds = jnp.stack([lo, hi], axis=-1)
-    return _over_entries(q, entries, bounds, scale, False)
+def forward(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
+    """Query t of q [B, S, H, K] attends entries of [B, T, K]; see `entries.py` for `choice`.
 
-
-def gather_attention(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float) -> Branch:
-    """Query t of q [B, S, H, K] attends the entries `indices[t]` of [B, T, K]; indices [B, S, k], -1 is unused.
-
-    Only the chosen entries of a chunk of queries are ever gathered: [B, chunk, k, K].
+    Of the chosen entries only those of a chunk of queries are ever gathered: [B, chunk, k, K].
     """
-    return _over_entries(q, entries, indices, scale, True)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _over_entries(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
-    return _over_chunks(q, entries, choice, scale, gathered)
-
-
-def _over_chunks(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
     # The barrier ties bounds to the queries. By themselves they are the same in every layer of a scan, and its
     # differentiation would compute their masks, queries x entries x heads, before the loop and keep them.
     q, choice = jax.lax.optimization_barrier((q, choice))
@@ -95,13 +80,18 @@ def _over_chunks(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: flo
     return join(jax.lax.map(one, chunks), q.shape[1])
 
 
-def _over_entries_fwd(q, entries, choice, scale, gathered):
-    out, lse = _over_chunks(q, entries, choice, scale, gathered)
-    return (out, lse), (q, entries, choice, out, lse)
-
-
-def _over_entries_bwd(scale, gathered, saved, cotangents):
-    q, entries, choice, out, lse = saved
+def backward(
+    q: jax.Array,
+    entries: jax.Array,
+    choice: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    d_lse: jax.Array,
+    scale: float,
+    gathered: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of q and entries, in their dtypes, from what `forward` was given and returned."""
     chunk = _entries_chunk(q, entries, choice, gathered)
 
     # The entries' gradient is one accumulator, scattered into in place: a fixed order, and no copy per chunk.
@@ -115,12 +105,9 @@ def _over_entries_bwd(scale, gathered, saved, cotangents):
             return scatter(d_entries, index, d_keys), dq
         return d_entries + d_keys, dq
 
-    chunks = split((q, choice, out, lse, *cotangents), chunk)
+    chunks = split((q, choice, out, lse, d_out, d_lse), chunk)
     d_entries, dq = jax.lax.scan(one, jnp.zeros(entries.shape, jnp.float32), chunks)
-    return join(dq, q.shape[1]), d_entries.astype(entries.dtype), None
-
-
-_over_entries.defvjp(_over_entries_fwd, _over_entries_bwd)
+    return join(dq, q.shape[1]), d_entries.astype(entries.dtype)
 
 
 def _entries_chunk(q: jax.Array, entries: jax.Array, choice: jax.Array, gathered: bool) -> int:

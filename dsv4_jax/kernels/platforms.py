@@ -1,0 +1,67 @@
+"""Which backend of a kernel runs: the one of the platform that a program is compiled for.
+
+`DSV4_KERNELS=xla` in the environment leaves every kernel to plain XLA.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+
+import jax
+
+from dsv4_jax.errors import UserError
+
+Platform = Literal["cpu", "tpu", "cuda"]
+CHOICES = ("auto", "xla")
+_elsewhere: ContextVar[Platform | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def compiling_for(platform: Platform) -> Iterator[None]:
+    """Within this context programs are traced for machines of `platform`, which need not be here."""
+    token = _elsewhere.set(platform)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+def by_platform(
+    *operands: Any,
+    xla: Callable[..., Any],
+    tpu: Callable[..., Any] | None = None,
+    gpu: Callable[..., Any] | None = None,
+) -> Any:
+    """The operands given to the backend of the platform that the program is compiled for.
+
+    Backends must agree in the shapes and dtypes of their results. Those of platforms that are neither here nor compiled
+    for (`compiling_for`) are not traced.
+
+    Args:
+        *operands: arrays.
+        xla: runs everywhere.
+        tpu: the kernel for TPUs; None where these operands have none.
+        gpu: the kernel for NVIDIA GPUs, Hopper and later; None where these operands have none.
+    """
+    here = _platform()
+    kernels = {"tpu": tpu, "cuda": gpu}
+    chosen = kernels.get(here)
+    if chosen is None or _choice() == "xla":
+        return xla(*operands)
+    return jax.lax.platform_dependent(*operands, **{here: chosen}, default=xla)
+
+
+def _platform() -> str:
+    here = _elsewhere.get() or jax.default_backend()
+    return "cuda" if here == "gpu" else here
+
+
+def _choice() -> str:
+    choice = os.environ.get("DSV4_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise UserError(f"DSV4_KERNELS is {choice!r}: one of {', '.join(CHOICES)}")
+    return choice

@@ -1,0 +1,299 @@
+"""The operations that `tests.benchmarks.kernels` times: operands, the work they do, and what they must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.kernels import indexer_topk, sparse_attention
+from dsv4_jax.kernels.chunks import chunk_length, join, split
+from dsv4_jax.kernels.grouped_matmul import grouped_matmul, make_groups, spread
+from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands
+from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.sparse_attention.xla import attend_keys
+from dsv4_jax.layers.moe import tile_rows
+from dsv4_jax.quantization.storage import Storage, cache_format
+
+Call = Callable[..., Any]
+EXPERTS = 8  # of one device in an expert-parallel group
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation at one size.
+
+    Attributes:
+        name: what it is.
+        operands: arrays.
+        run: of the project, whose backend is the platform's kernel or plain XLA.
+        flops: that the operation needs, whoever computes it.
+        moved: bytes that it must read and write.
+        check: given the result as numpy arrays, the largest error relative to the largest true value, on a part of it.
+        dense: the same by masking all entries, or None where nothing is masked.
+    """
+
+    name: str
+    operands: tuple[Any, ...]
+    run: Call
+    flops: float
+    moved: float
+    check: Callable[[Any], float]
+    dense: Call | None = None
+    tolerance: dict[str, float] = field(default_factory=lambda: {"float32": 1e-4, "bfloat16": 3e-2})
+
+
+def operations(config: DeepseekV4Config, context: int, queries: int, rows: int, dtype: Any) -> Iterator[Operation]:
+    """Every operation behind `context` tokens.
+
+    Args:
+        config: V4's widths.
+        context: tokens of the row or of each sequence.
+        queries: of one prefill chunk or training row part, the last of the context; tokens of the experts.
+        rows: sequences that decode one token.
+        dtype: of the operands.
+    """
+    draw = Draw(dtype)
+    csa, hca = context // 4, context // 128
+    yield from _attention("sparse, prefill", "gather", config, csa, queries, draw)
+    yield from _attention("all HCA entries, prefill", "range", config, hca, queries, draw)
+    yield _window(config, queries, draw)
+    yield _index(config, csa, queries, draw)
+    yield _paged_attention("sparse, decode", "gather", config, csa, rows, draw)
+    yield _paged_attention("all HCA entries, decode", "range", config, hca, rows, draw)
+    yield _paged_index(config, csa, rows, draw)
+    yield from _experts(config, queries, draw)
+
+
+class Draw:
+    """Seeded operands."""
+
+    def __init__(self, dtype: Any):
+        """Normal values in `dtype`."""
+        self.dtype, self.rng = jnp.dtype(dtype), np.random.default_rng(0)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> jax.Array:
+        """Normal values."""
+        return jnp.asarray(self.rng.standard_normal(shape, np.float32) * scale, self.dtype)
+
+    def choices(self, rows: int, queries: int, entries: int, k: int) -> jax.Array:
+        """Distinct entries of each query, in no order: [rows, queries, min(k, entries)]."""
+        k = min(k, entries)
+        first = self.rng.integers(0, entries, (rows, queries, 1))
+        odd = entries // 2 * 2 - 1 if entries > 2 else 1
+        stride = next(s for s in range(max(odd * 5 // 8 | 1, 1), 2 * odd + 2, 2) if np.gcd(s, entries) == 1)
+        return jnp.asarray((first + stride * np.arange(k)) % entries, jnp.int32)
+
+
+def _attention(
+    name: str, kind: Literal["gather", "range"], config: DeepseekV4Config, entries: int, queries: int, draw: Draw
+) -> Iterator[Operation]:
+    heads, width = config.num_attention_heads, config.head_dim
+    scale = width**-0.5
+    q, kv = draw(1, queries, heads, width), draw(1, entries, width)
+    if kind == "gather":
+        choice = (draw.choices(1, queries, entries, config.index_topk),)
+        seen = choice[0].shape[-1]
+        run = lambda q, kv, *choice: sparse_attention.gather_attention(q, kv, *choice, scale)  # noqa: E731
+    else:
+        choice = (jnp.zeros((1, queries), jnp.int32), jnp.full((1, queries), entries, jnp.int32))
+        seen = entries
+        run = lambda q, kv, *bounds: sparse_attention.range_attention(q, kv, *bounds, scale)  # noqa: E731
+    flops = 4.0 * queries * heads * width * seen
+    size = q.dtype.itemsize
+    read = queries * seen * width if kind == "gather" else entries * width
+    moved = float(size * (2 * q.size + read))
+    part = _some(queries)
+    visible = _visible(kind, choice, entries, part)
+    wanted = _exact(q[:, part], kv, visible, scale)
+    check = lambda found: _error(found[0][:, part], wanted)  # noqa: E731
+    dense = partial(_dense, scale=scale) if kind == "gather" else None
+    yield Operation(name, (q, kv, *choice), run, flops, moved, check, dense)
+
+    weights = draw(*q.shape)
+    both = lambda run: jax.grad(lambda q, kv, *rest: (run(q, kv, *rest)[0] * weights).sum(), (0, 1))  # noqa: E731
+    gradient = _exact_gradient(q[:, part], kv, visible, scale, weights[:, part])
+    check = lambda found: _error(found[0][:, part], gradient)  # noqa: E731
+    name = name.replace("prefill", "forward and backward")
+    tolerance = {"float32": 1e-3, "bfloat16": 6e-2}
+    yield Operation(name, (q, kv, *choice), both(run), 3.5 * flops, 3 * moved, check, dense and both(dense), tolerance)
+
+
+def _dense(q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """The chosen entries by a mask over all of them, queries in chunks."""
+    entries = kv.shape[1]
+
+    def one(args: tuple[jax.Array, jax.Array]) -> Any:
+        q, indices = args
+        mark = jax.vmap(jax.vmap(lambda row: jnp.zeros(entries, bool).at[row].set(True, mode="drop")))
+        return attend_keys(q, kv, mark(jnp.where(indices < 0, entries, indices)), scale)
+
+    chunk = chunk_length(q.shape[1], entries * q.shape[2])
+    return join(jax.lax.map(one, (split(q, chunk), split(indices, chunk, fill=-1))), q.shape[1])
+
+
+def _window(config: DeepseekV4Config, queries: int, draw: Draw) -> Operation:
+    heads, width, window = config.num_attention_heads, config.head_dim, config.sliding_window
+    q, kv, scale = draw(1, queries, heads, width), draw(1, queries, width), width**-0.5
+    run = lambda q, kv: sparse_attention.window_attention(q, kv, None, window, scale)  # noqa: E731
+    part = _some(queries)
+    at = np.arange(queries)[part]
+    distance = at[:, None] - np.arange(queries)
+    wanted = _exact(q[:, part], kv, ((distance >= 0) & (distance < window))[None], scale)
+    seen = np.minimum(np.arange(queries) + 1, window).sum()
+    moved = float(q.dtype.itemsize * (2 * q.size + kv.size))
+    check = lambda found: _error(found[0][:, part], wanted)  # noqa: E731
+    return Operation("window, prefill", (q, kv), run, 4.0 * heads * width * seen, moved, check)
+
+
+def _index(config: DeepseekV4Config, entries: int, queries: int, draw: Draw) -> Operation:
+    heads, width, k = config.index_n_heads, config.index_head_dim, config.index_topk
+    operands = IndexOperands(
+        draw(1, queries, heads, width), draw(1, entries, width), draw(1, queries, heads).astype(jnp.float32)
+    )
+    lo, hi = jnp.zeros((1, queries), jnp.int32), jnp.full((1, queries), entries, jnp.int32)
+    run = lambda operands, lo, hi: indexer_topk.index_topk(operands, lo, hi, k)  # noqa: E731
+    part = _some(queries)
+    scores = _exact_scores(operands.queries[:, part], operands.keys, operands.weights[:, part])
+    flops = 2.0 * queries * entries * heads * (width + 1)
+    moved = float(operands.queries.nbytes + operands.keys.nbytes + 4 * queries * min(k, entries))
+    check = lambda found: _lost(found[:, part], scores)  # noqa: E731
+    return Operation("index scores and top-k, prefill", (operands, lo, hi), run, flops, moved, check)
+
+
+def _paged_attention(
+    name: str, kind: Literal["gather", "range"], config: DeepseekV4Config, entries: int, rows: int, draw: Draw
+) -> Operation:
+    heads, width, scale = config.num_attention_heads, config.head_dim, config.head_dim**-0.5
+    storage = cache_format(config, "deployed").entry
+    q, (pages, kv) = draw(rows, 1, heads, width), _pages(storage, draw, rows, entries, width)
+    if kind == "gather":
+        choice = draw.choices(rows, 1, entries, config.index_topk)
+        seen = choice.shape[-1]
+        run = lambda q, pages, choice: sparse_attention.gather_attention(q, pages, choice, scale)  # noqa: E731
+    else:
+        choice, seen = jnp.full((rows, 1), entries, jnp.int32), entries
+        run = lambda q, pages, hi: sparse_attention.range_attention(q, pages, jnp.zeros_like(hi), hi, scale)  # noqa: E731
+    ranged = (jnp.zeros_like(choice), choice)
+    visible = _visible(kind, (choice,) if kind == "gather" else ranged, entries, slice(None))
+    wanted = _exact(q, kv, visible, scale)
+    per_entry = sum(x.nbytes for x in pages.store.values()) / (rows * pages.capacity)
+    moved = rows * seen * per_entry + 2 * q.nbytes
+    check = lambda found: _error(found[0], wanted)  # noqa: E731
+    return Operation(name, (q, pages, choice), run, 4.0 * rows * heads * width * seen, moved, check)
+
+
+def _paged_index(config: DeepseekV4Config, entries: int, rows: int, draw: Draw) -> Operation:
+    heads, width, k = config.index_n_heads, config.index_head_dim, config.index_topk
+    pages, keys = _pages(cache_format(config, "deployed").index, draw, rows, entries, width)
+    queries, weights = draw(rows, 1, heads, width), draw(rows, 1, heads).astype(jnp.float32)
+    hi = jnp.full((rows, 1), entries, jnp.int32)
+    run = lambda q, pages, w, hi: indexer_topk.index_topk(  # noqa: E731
+        PagedOperands(q, pages, w), jnp.zeros_like(hi), hi, k
+    )
+    scores = _exact_scores(queries, keys, weights)
+    moved = float(sum(x.nbytes for x in pages.store.values()) + queries.nbytes)
+    flops = 2.0 * rows * entries * heads * (width + 1)
+    check = lambda found: _lost(found, scores)  # noqa: E731
+    return Operation("index scores and top-k, decode", (queries, pages, weights, hi), run, flops, moved, check)
+
+
+def _experts(config: DeepseekV4Config, tokens: int, draw: Draw) -> Iterator[Operation]:
+    inner, outer, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    ids = np.argsort(draw.rng.random((tokens, EXPERTS)), -1)[:, : min(k, EXPERTS)]
+    groups = make_groups(jnp.asarray(ids, jnp.int32), EXPERTS, tile_rows(ids.size, EXPERTS))
+    x, weights = draw(tokens, inner), draw(EXPERTS, inner, outer, scale=inner**-0.5)
+    rows = spread(x, groups)
+    flops = 2.0 * ids.size * inner * outer
+    moved = float(x.dtype.itemsize * (ids.size * (inner + outer) + weights.size))
+    at = np.asarray(groups.row_of[0])
+    exact = lambda row, i: _wide(x[0]) @ _wide(weights[ids[0, i]])  # noqa: E731
+    wanted = np.stack([exact(row, i) for i, row in enumerate(at)])
+    run = lambda rows, weights: grouped_matmul(rows, weights, groups)  # noqa: E731
+    check = lambda found: _error(found[at], wanted)  # noqa: E731
+    yield Operation("experts, forward", (rows, weights), run, flops, moved, check)
+
+    cotangent = draw(rows.shape[0], outer)
+    gradient = jax.grad(lambda rows, weights: (run(rows, weights) * cotangent).sum(), (0, 1))
+    back = np.stack([_wide(cotangent[row]) @ _wide(weights[ids[0, i]]).T for i, row in enumerate(at)])
+    check = lambda found: _error(found[0][at], back)  # noqa: E731
+    yield Operation("experts, forward and backward", (rows, weights), gradient, 3 * flops, 3 * moved, check)
+
+
+def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) -> tuple[Pages, jax.Array]:
+    """Pages of random entries, as many blocks as they need, and the entries as they are stored."""
+    per_block = 32
+    blocks = -(-entries // per_block)
+    values = draw(rows * blocks, per_block, width)
+    stored = storage.encode(values)
+    tables = jnp.arange(rows * blocks, dtype=jnp.int32).reshape(rows, blocks)
+    store = {name: x[None] for name, x in stored.items()}
+    pages = Pages(store, jnp.int32(0), tables, storage, per_block, own_blocks=True)
+    kept = storage.decode(stored, jnp.float32).reshape(rows, -1, width)[:, :entries]
+    return pages, kept
+
+
+def _some(queries: int) -> slice:
+    """The queries whose results are checked."""
+    return slice(max(queries - 4, 0), queries)
+
+
+def _wide(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def _visible(kind: str, choice: tuple[jax.Array, ...], entries: int, part: slice) -> np.ndarray:
+    """[B, Q, T] of the checked queries."""
+    chosen = [np.asarray(x)[:, part] for x in choice]
+    index = np.arange(entries)
+    if kind == "range":
+        return (index >= chosen[0][..., None]) & (index < chosen[1][..., None])
+    seen = np.zeros((*chosen[0].shape[:2], entries), bool)
+    np.put_along_axis(seen, chosen[0], True, axis=-1)
+    return seen
+
+
+def _weights(q: np.ndarray, kv: np.ndarray, visible: np.ndarray, scale: float) -> np.ndarray:
+    scores = np.where(visible[:, :, None], np.einsum("bqhk,bnk->bqhn", q, kv) * scale, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _exact(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float) -> np.ndarray:
+    """The attention in float64."""
+    q64, kv64 = _wide(q), _wide(kv)
+    return np.einsum("bqhn,bnk->bqhk", _weights(q64, kv64, visible, scale), kv64)
+
+
+def _exact_gradient(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float, d_out: jax.Array) -> np.ndarray:
+    """The queries' gradient in float64."""
+    q64, kv64, d64 = _wide(q), _wide(kv), _wide(d_out)
+    weights = _weights(q64, kv64, visible, scale)
+    d_weights = np.einsum("bqhk,bnk->bqhn", d64, kv64)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    return np.einsum("bqhn,bnk->bqhk", d_scores, kv64) * scale
+
+
+def _exact_scores(queries: jax.Array, keys: jax.Array, weights: jax.Array) -> np.ndarray:
+    products = np.maximum(np.einsum("bqhd,bnd->bqhn", _wide(queries), _wide(keys)), 0)
+    return np.einsum("bqhn,bqh->bqn", products, _wide(weights))
+
+
+def _error(found: Any, wanted: np.ndarray) -> float:
+    return float(np.abs(_wide(found) - wanted).max() / np.abs(wanted).max())
+
+
+def _lost(chosen: Any, scores: np.ndarray) -> float:
+    """How far the worst chosen score lies below the true k-th best, relative to the largest score."""
+    chosen = np.asarray(chosen)
+    best = -np.sort(-scores, -1)[..., : chosen.shape[-1]]
+    if (chosen < 0).any() or any(len(set(row)) < len(row) for row in chosen.reshape(-1, chosen.shape[-1]).tolist()):
+        return np.inf
+    worst = np.take_along_axis(scores, chosen, -1).min(-1)
+    return float(((best[..., -1] - worst) / np.abs(best).max()).max())

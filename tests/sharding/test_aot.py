@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +27,6 @@ from sharding.partition import MeshPartition
 from sharding.roofline import wire_bytes
 from sharding.rules import find_strategy
 from sharding.targets import parse_target
-
-needs_tpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: dsv4-jax[aot]")
-needs_cuda = pytest.mark.skipif(
-    not targets._exists("jax_plugins.xla_cuda13"), reason="the CUDA plugin is not installed: dsv4-jax[aot]"
-)
 
 
 def test_targets_count_chips_and_devices():
@@ -213,14 +207,14 @@ def test_the_cache_lies_with_its_rows(on_cpu):
         assert found["memory"]["parts"]["cache"] == whole + tables
 
 
-@needs_tpu
+@pytest.mark.aot
 def test_decoding_compiles_for_a_tpu_slice():
     (found,) = on_devices(1, compiled, ("decode", "expert-tensor", {"expert": 4}, "v5e:2x2"))
     assert found["fits"] and found["chips"] == 4 and found["memory"]["program"] > 0
     assert found["compiler_flops"] > 0
 
 
-@needs_cuda
+@pytest.mark.aot
 def test_decoding_compiles_for_gpus():
     (found,) = on_devices(1, compiled, ("decode", "expert-tensor", {"expert": 4}, "h200:1x4"))
     assert found["fits"] and found["chips"] == 4
@@ -228,7 +222,7 @@ def test_decoding_compiles_for_gpus():
 
 
 @pytest.mark.slow
-@needs_cuda
+@pytest.mark.aot
 def test_v4_flash_decodes_a_million_tokens_on_one_host_of_h200s(capsys):
     asked = "v4-flash --target h200:1x8 --mode decode --batch 8 --seq 1M --json"
     assert main(["compile", *asked.split()]) == 0

@@ -3,6 +3,9 @@
 Those of caches, checkpoints and quantisation (7, 8, 10-13, 15-17) are tested beside these parts; 18 is in test_memory.
 """
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +40,12 @@ ROLES = {"/".join(key.key for key in path): fact for path, fact in FACTS}
 @pytest.fixture(scope="module")
 def params():
     return random_params(TINY)
+
+
+def test_every_mistake_has_a_test_with_its_number():
+    sources = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
+    named = {int(n) for source in sources for n in re.findall(r"^def test_mistake_(\d+)_", source, re.MULTILINE)}
+    assert named == set(range(1, 23))
 
 
 def test_mistake_1_mixing_maps_are_not_transposed():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsv4_jax.checkpoint import read_config
-from dsv4_jax.checkpoint.names import stored_tensors, tensors_of_scheme
+from dsv4_jax.checkpoint.names import scale_names, stored_tensors, tensors_of_scheme
 from dsv4_jax.presets import preset
 from dsv4_jax.shapes import is_table, keeps_float32
 
@@ -62,3 +62,14 @@ def test_every_place_of_the_tree_has_a_rule_in_each_scheme():
     theirs = [slot for stored in tensors_of_scheme(preset("nano"), "transformers").values() for slot in stored.slots]
     assert len(released) == len(set(released)) and set(released) == every
     assert len(theirs) == len(set(theirs)) and set(theirs) == {slot for slot in every if "mtp/" not in slot[0]}
+
+
+@pytest.mark.parametrize("name", ["nano", "v4-flash"])
+def test_mistake_17_no_name_has_two_rules_and_none_is_a_weight_and_a_scale(name):
+    # mHC's factors are called `attn_hc.scale` and `hc_attn_scale`; the scales of matrices `..w1.scale`, `.._scale_inv`.
+    rules = list(stored_tensors(preset(name)))
+    names = [spelling for stored in rules for spelling in dict.fromkeys(filter(None, stored.names))]
+    scales = [scale for stored in rules if stored.transposed for spelling in dict.fromkeys(filter(None, stored.names))
+              for scale in scale_names(spelling)]  # fmt: skip
+    assert len(names) == len(set(names)) and len(scales) == len(set(scales))
+    assert not set(names) & set(scales)

@@ -11,19 +11,19 @@ the entries are read from their blocks and not made anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -32,6 +32,7 @@ from dsv4_jax import model
 from dsv4_jax.config import CSA, DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.inference.block_pool import BlockPool
+from dsv4_jax.inference.digest import params_digest
 from dsv4_jax.layers.kv_cache import stacks
 
 Windows = Literal["full", "none"] | int
@@ -206,13 +207,17 @@ class PrefixStore:
                     pass
 
     def _write(self, path: Path, identity: dict[str, str], tree: Any) -> None:
-        """Write a tree of arrays in one step: no reader ever sees half a file."""
+        """Write a tree of arrays in one step: no reader ever sees half a file. A full disk is only warned of."""
         arrays = {name: np.ascontiguousarray(x) for name, x in _named(tree).items()}
         about = {"identity": json.dumps(identity, sort_keys=True), "key": path.name, "sha256": _checksum(arrays)}
-        handle, unfinished = tempfile.mkstemp(prefix=".", dir=self.folder)
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(arrays, about))
-        os.replace(unfinished, path)
+        unfinished = self.folder / f".{uuid.uuid4().hex}"
+        try:
+            unfinished.write_bytes(save(arrays, about))
+            os.replace(unfinished, path)
+        except OSError as error:  # what is not stored is computed again
+            log.warning("prefix store: %s was not stored: %s", path.name, error)
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
     def _try(self, pool: BlockPool, path: Path, template: Any, ignored: list[str]) -> Any:
         """What `read` gives, or None for a file that is missing, damaged or foreign."""
@@ -222,7 +227,8 @@ class PrefixStore:
             return None
         except BadEntry as error:
             ignored.append(str(error))
-            path.unlink(missing_ok=True)  # a right one takes its place
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)  # a right one takes its place
             return None
 
     def read(self, pool: BlockPool, path: Path, template: Any) -> Any:
@@ -236,7 +242,9 @@ class PrefixStore:
             with safe_open(path, "numpy") as file:
                 about, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
             theirs, ours = json.loads(about.get("identity", "{}")), self.identity(pool)
-        except (SafetensorError, ValueError) as error:
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, ValueError, OSError) as error:
             raise BadEntry(f"{path.name} is damaged: {error}") from error
         if other := [part for part, value in ours.items() if theirs.get(part) != value]:
             raise BadEntry(f"{path.name} was made with another {' and another '.join(other)}")
@@ -262,30 +270,6 @@ def reach(config: DeepseekV4Config) -> int:
     """Tokens whose recomputation brings back a state: W x L, and more where a compressor's overlap is longer than W."""
     window, overlaps = config.sliding_window, (layer.ratio for layer in config.layers if layer.attention == CSA)
     return (config.num_hidden_layers - 1) * window + max(window, *overlaps, 0)
-
-
-def params_digest(params: model.Params) -> str:
-    """A digest of names, shapes and every bit of the parameters; each array is reduced where it lies."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        about = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}"
-        digest.update(about.encode() + np.asarray(_bit_sums(leaf)).tobytes())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _bit_sums(x: jax.Array) -> jax.Array:
-    """Four sums of the array's mixed bits modulo 2^32, uint32 [4]: whole numbers, the same in any order of adding."""
-    bits = x.view({1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis in range(x.ndim):
-        place = place * np.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    sums = []
-    for seed in (0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1):
-        mixed = (bits + place * np.uint32(seed)) * np.uint32(seed ^ 0x9E3779B1 | 1)
-        mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x2C1B3C6D)
-        sums.append((mixed ^ (mixed >> 13)).sum(dtype=jnp.uint32))
-    return jnp.stack(sums)
 
 
 def _named(tree: Any) -> dict[str, Any]:

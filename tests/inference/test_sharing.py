@@ -1,5 +1,6 @@
 """One document, many agents: what is shared, what is each one's own, and what is on disk."""
 
+import errno
 import functools
 import json
 import os
@@ -16,7 +17,8 @@ from support import TINY, random_params, random_tokens
 from dsv4_jax import model
 from dsv4_jax.analysis.memory import cache_plan
 from dsv4_jax.errors import UserError
-from dsv4_jax.inference.prefix_store import BadEntry, PrefixStore, params_digest, reach
+from dsv4_jax.inference.digest import params_digest
+from dsv4_jax.inference.prefix_store import BadEntry, PrefixStore, reach
 from dsv4_jax.inference.sharing import Agents, BlockPool, OutOfBlocks, fork, prefill
 from dsv4_jax.layers.kv_cache import init_cache
 
@@ -362,6 +364,29 @@ def test_a_damaged_or_foreign_file_is_passed_over_and_reported(params, tmp_path,
     close(hit.logits, expected(params, DOCUMENT))
     hit.close()
     assert prefilled(pool, params, store=store).hit.stored == 36  # and a right one has taken its place
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(params, tmp_path):
+    store, pool = PrefixStore(tmp_path, params, "none"), pool_of()
+    path = tmp_path / f"{store.keys(pool, DOCUMENT)[0]}.block"
+    path.mkdir()
+    hit = prefilled(pool, params, store=store)
+    assert hit.hit.stored == 0 and path.name in hit.hit.ignored[0]
+    close(hit.logits, expected(params, DOCUMENT))
+
+
+def test_a_full_disk_ends_no_request_and_leaves_no_half_file(params, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    store = PrefixStore(tmp_path, params)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        missed = prefilled(pool_of(), params, store=store)
+    close(missed.logits, expected(params, DOCUMENT))
+    assert not list(tmp_path.iterdir()) and "was not stored: [Errno 28]" in caplog.text
+    prefilled(pool_of(), params, store=store)
+    assert prefilled(pool_of(), params, store=store).hit.stored == 36
 
 
 def test_what_entries_depend_on_makes_other_keys(params, tmp_path):

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """Something in a configuration, file or request is wrong; the message says what, where, and what would be right."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """An optional package is needed; the message says how to install it."""

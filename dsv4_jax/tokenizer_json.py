@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import MissingPackageError, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 # No piece holds a word and the punctuation after it, so no merge can ever spell a special token.
 _NUMBERS = r"\p{N}{1,3}"
 _WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+| ?[^\r\n\p{L}\p{N}\s]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-class MissingPackageError(UserError, ImportError):
-    """An optional package is needed; the message says how to install it."""
 
 
 def released_tokenizer_path() -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
 from train.data.pipeline import BatchConfig, Rows, TrainBatches
 from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore, prepare
@@ -14,12 +15,22 @@ from train.recipe import Recipe, RecipeError
 
 
 def open_store(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | None) -> TokenStore:
-    """The tokenised corpus of a recipe. Raises RecipeError when the model's vocabulary is too small for it."""
+    """The tokenised corpus of a recipe.
+
+    Raises:
+        RecipeError: when the vocabulary does not fit the model, or fill-in-the-middle.
+    """
     store = prepare(recipe.data.corpus, recipe.data.tokenizer, vocab_size=config.vocab_size, cache=cache)
     if store.tokenizer.vocab_size > config.vocab_size:
         raise RecipeError(
             f"the tokenizer has {store.tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}: "
             f"set model.vocab_size={store.tokenizer.vocab_size}, or choose another data.tokenizer"
+        )
+    lacking = {FIM_BEGIN, FIM_HOLE, FIM_END} - set(store.tokenizer.specials)
+    if recipe.data.fim_rate and lacking:
+        raise RecipeError(
+            f"data.fim_rate is {recipe.data.fim_rate}, and the vocabulary has no {', '.join(sorted(lacking))}: set it "
+            "to 0, or choose another data.tokenizer"
         )
     return store
 

@@ -81,7 +81,6 @@ def main(arguments: Sequence[str]) -> None:
 def run(asked: Train, recipe: Recipe) -> None:
     """Train, in this process or as one of several."""
     from train.checkpointing import CheckpointError
-    from train.data.manifest import DataMismatchError
     from train.loop import train, use_compilation_cache
     from train.placement import place
 
@@ -89,7 +88,7 @@ def run(asked: Train, recipe: Recipe) -> None:
     out = asked.out or f"runs/{recipe.name}"
     try:
         train(recipe, out, cache=asked.cache, partition=place(asked.mesh, asked.strategy))
-    except (CheckpointError, DataMismatchError) as error:
+    except CheckpointError as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
         raise UserError(f"interrupted. The same command goes on from the newest checkpoint in {out}") from None

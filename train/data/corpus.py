@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsv4_jax.errors import UserError
 from train.data import local_files, python_source
 from train.data.manifest import Manifest
 
@@ -47,11 +48,11 @@ class Corpus:
         """Which of `documents()` are held out, bool [documents]: decided by each document's content.
 
         Raises:
-            ValueError: when there are fewer than two documents.
+            UserError: when there are fewer than two documents.
         """
         if len(self.entries) < 2:
             found = f"corpus {self.manifest.corpus!r} has {len(self.entries)} documents"
-            raise ValueError(f"{found}: at least 2 are needed, to train on one and hold out the other")
+            raise UserError(f"{found}: at least 2 are needed, to train on one and hold out the other")
         return choose_heldout(*zip(*self.entries, strict=True))
 
 
@@ -82,7 +83,8 @@ def resolve(data: str) -> Corpus:
     or glob of such files, or a folder written by Hugging Face `Dataset.save_to_disk`.
 
     Raises:
-        FileNotFoundError, ValueError: when nothing is there or its kind is not known; ImportError: names the extra.
+        FileNotFoundError, UserError: when nothing is there or its kind is not known.
+        MissingPackageError: names the extra.
     """
     if data == "python":
         return Corpus(*python_source.python_corpus())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dsv4_jax.errors import MissingPackageError, UserError
 from train.data.manifest import Manifest, SourceFile
 
 RECIPE = "1"
@@ -30,7 +31,7 @@ def local_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
     Fewer than 20 documents (one long file, say) are cut at line ends into about 64 pieces: some can be held out then.
 
     Raises:
-        FileNotFoundError: when nothing is there; ValueError: when the files are of no known kind.
+        FileNotFoundError: when nothing is there; UserError: when the files are of no known kind.
     """
     root = Path(data).expanduser()
     files = _data_files(root) if root.exists() else _matching(data)
@@ -66,7 +67,7 @@ def _data_files(root: Path) -> list[Path]:
         return _known([root])
     files = sorted(path for path in root.rglob("*") if path.is_file() and _suffix(path))
     if not files:
-        raise ValueError(
+        raise UserError(
             f"the folder {root} holds no file of a known kind ({', '.join(TEXT_SUFFIXES + TABLE_SUFFIXES)})"
         )
     return files
@@ -83,7 +84,7 @@ def _known(files: list[Path]) -> list[Path]:
     unknown = [path.name for path in files if not _suffix(path)]
     if unknown:
         known = ", ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
-        raise ValueError(f"cannot read {', '.join(unknown[:3])}: known kinds of files are {known}")
+        raise UserError(f"cannot read {', '.join(unknown[:3])}: known kinds of files are {known}")
     return files
 
 
@@ -108,7 +109,7 @@ def _decode(raw: bytes, name: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from error
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from error
 
 
 def _jsonl(name: str, path: Path) -> Documents:
@@ -125,7 +126,7 @@ def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"{where} is not JSON: {error}") from error
 
 
 def _open_lines(path: Path) -> io.TextIOBase:
@@ -139,14 +140,14 @@ def _open_lines(path: Path) -> io.TextIOBase:
 def _text_of(row: Any, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(TEXT_FIELD), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} has no text in the field {TEXT_FIELD!r} (found: {found or 'nothing'})")
+        raise UserError(f"{where} has no text in the field {TEXT_FIELD!r} (found: {found or 'nothing'})")
     return row[TEXT_FIELD]
 
 
 def _parquet(name: str, path: Path) -> Documents:
     parquet = _require("pyarrow.parquet", ".parquet files").ParquetFile(path)
     if TEXT_FIELD not in parquet.schema_arrow.names:
-        raise ValueError(f"{name} has no column {TEXT_FIELD!r} (found: {', '.join(parquet.schema_arrow.names)})")
+        raise UserError(f"{name} has no column {TEXT_FIELD!r} (found: {', '.join(parquet.schema_arrow.names)})")
     column = (text for batch in parquet.iter_batches(columns=[TEXT_FIELD]) for text in batch.column(0).to_pylist())
     return ((f"{name}:{number}", text or "") for number, text in enumerate(column))
 
@@ -169,4 +170,4 @@ def _require(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"{what} need the package {package}: pip install 'dsv4-jax[data]'") from error
+        raise MissingPackageError(f"{what} need the package {package}: pip install 'dsv4-jax[data]'") from error

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from dsv4_jax.errors import UserError
 
-class DataMismatchError(ValueError):
+
+class DataMismatchError(UserError):
     """The data of a run is not the data that the run began with."""
 
 
@@ -61,11 +63,11 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: dict) -> Manifest:
-        """The reverse of `to_dict`; ValueError when the recorded hash does not fit the content."""
+        """The reverse of `to_dict`; UserError when the recorded hash does not fit the content."""
         files = tuple(SourceFile(**file) for file in data["files"])
         manifest = cls(data["corpus"], dict(data["versions"]), files)
         if data.get("hash", manifest.hash) != manifest.hash:
-            raise ValueError(f"the manifest of corpus {manifest.corpus!r} was edited or damaged: its hash does not fit")
+            raise UserError(f"the manifest of corpus {manifest.corpus!r} was edited or damaged: its hash does not fit")
         return manifest
 
     def save(self, path: str | Path) -> None:

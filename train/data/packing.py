@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsv4_jax.errors import UserError
+
 
 class Piece(NamedTuple):
     """Tokens [begin, end) of a document in an epoch, standing in a row from `column` on."""
@@ -36,7 +38,7 @@ class ConcatThenSplit:
     def __init__(self, lengths: Lengths, row_length: int, seed: int, start: int = 0, align: int = 1):
         """Row 0 begins at place `start` of the endless stream of tokens (padding of `align` included)."""
         if align > 1 and (row_length % align or start % align):
-            raise ValueError(f"align {align} must divide the row length {row_length} and the start {start}")
+            raise UserError(f"align {align} must divide the row length {row_length} and the start {start}")
         self.row_length, self.start = row_length, start
         self._lengths, self._seed, self._align = lengths, seed, align
         self._epoch_ends: list[int] = []
@@ -80,7 +82,7 @@ class FirstFit:
     def __init__(self, lengths: Lengths, row_length: int, seed: int, start: int = 0, align: int = 1):
         """Row 0 is the one after `start` places (rows of `row_length`, padding included)."""
         if align > 1 and row_length % align:
-            raise ValueError(f"align {align} must divide the row length {row_length}")
+            raise UserError(f"align {align} must divide the row length {row_length}")
         self.row_length, self.start = row_length, start
         self._lengths, self._seed, self._align = lengths, seed, align
         self._epoch_ends: list[int] = []
@@ -119,7 +121,7 @@ def shuffled(lengths: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np
     order = np.random.default_rng([seed, epoch, 0]).permutation(len(lengths))
     order = order[lengths[order] > 0]
     if not len(order):
-        raise ValueError("there are no documents to train on")
+        raise UserError("there are no documents to train on")
     return order, lengths[order]
 
 

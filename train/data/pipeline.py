@@ -13,6 +13,7 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from dsv4_jax.errors import UserError
 from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
 from train.data.packing import PACKINGS, Piece
 from train.data.retrieval import RecallTask
@@ -57,13 +58,13 @@ class BatchConfig:
     def __post_init__(self) -> None:
         """Refuses values that cannot work; says which."""
         if self.packing not in PACKINGS:
-            raise ValueError(f"packing {self.packing!r} is not one of {', '.join(PACKINGS)}")
+            raise UserError(f"packing {self.packing!r} is not one of {', '.join(PACKINGS)}")
         if min(self.seq_len, self.batch_size, self.align, self.shuffle_rows) < 1 or self.start < 0:
-            raise ValueError("seq_len, batch_size, align and shuffle_rows must be at least 1, start at least 0")
+            raise UserError("seq_len, batch_size, align and shuffle_rows must be at least 1, start at least 0")
         if not 0 <= self.fim_rate <= 1 or not 0 <= self.mixture < 1:
-            raise ValueError(f"fim_rate {self.fim_rate} must lie in [0, 1] and mixture {self.mixture} in [0, 1)")
+            raise UserError(f"fim_rate {self.fim_rate} must lie in [0, 1] and mixture {self.mixture} in [0, 1)")
         if self.mixture and self.recall is None:
-            raise ValueError("mixture > 0 needs a recall task")
+            raise UserError("mixture > 0 needs a recall task")
 
 
 class Rows:
@@ -143,7 +144,7 @@ class TrainBatches:
         """Begins at batch 0; `set_state` moves it."""
         if config.batch_size % process_count or not 0 <= process_index < process_count:
             found = f"process {process_index} of {process_count}, batch_size {config.batch_size}"
-            raise ValueError(f"{found}: the number of processes must divide the batch, and the index lie below it")
+            raise UserError(f"{found}: the number of processes must divide the batch, and the index lie below it")
         self.rows = Rows(store, config)
         self._identity = {"data": store.identity, "stage": _plain(asdict(config))}
         share = config.batch_size // process_count
@@ -177,10 +178,10 @@ class TrainBatches:
         return {"step": self.step, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to the place of a state; ValueError when it belongs to other data or another stage."""
+        """Goes to the place of a state; UserError when it belongs to other data or another stage."""
         for part in ("data", "stage"):
             if state.get(part) != self._identity[part]:
-                raise ValueError(
+                raise UserError(
                     f"the saved state is of other {part}: {_changes(state.get(part), self._identity[part])}"
                 )
         self.step = int(state["step"])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dsv4_jax.errors import MissingPackageError
 from train.data.manifest import Manifest, SourceFile
 
 RECIPE = "1"
@@ -26,11 +27,11 @@ def prose_corpus() -> tuple[Manifest, Callable[[], list[tuple[str, str]]]]:
     """Manifest and reader of the corpus `prose`: one document for each version of each service.
 
     Raises:
-        ImportError: without botocore; says which extra brings it.
+        MissingPackageError: without botocore; says which extra brings it.
     """
     spec = importlib.util.find_spec("botocore")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("--data prose reads the documentation inside botocore: pip install 'dsv4-jax[prose]'")
+        raise MissingPackageError("--data prose reads the documentation inside botocore: pip install 'dsv4-jax[prose]'")
     root = Path(spec.submodule_search_locations[0]) / "data"
     paths = sorted(root.rglob("service-2.json*"), key=Path.as_posix)
     files = tuple(SourceFile.of(path.relative_to(root).as_posix(), path) for path in paths)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dsv4_jax.errors import UserError
 from dsv4_jax.tokenizer import Tokenizer
 from train.data.tokens import TokenStore
 
@@ -62,7 +63,7 @@ class RecallTask:
         """The document of a seed, exactly `length` tokens; its text is taken from one side of the corpus.
 
         Raises:
-            ValueError: when `length` cannot hold one round, or the vocabulary has too few plain words.
+            UserError: when `length` cannot hold one round, or the vocabulary has too few plain words.
         """
         rng = np.random.default_rng([0x5EED, *seed])
         words = Words.of(store.tokenizer, self.n_names, self.n_values)
@@ -84,9 +85,7 @@ class RecallTask:
 
     def _draw(self, rng: np.random.Generator, pool: np.ndarray) -> np.ndarray:
         if len(pool) < self.n_pairs:
-            raise ValueError(
-                f"{self.n_pairs} pairs need as many single-token words; this vocabulary offers {len(pool)}"
-            )
+            raise UserError(f"{self.n_pairs} pairs need as many single-token words; this vocabulary offers {len(pool)}")
         return rng.choice(pool, self.n_pairs, replace=False)
 
     def _gaps(self, rng: np.random.Generator, length: int) -> list[int]:
@@ -97,7 +96,7 @@ class RecallTask:
         spare = room - rounds * (self.min_distance + block)
         if rounds < 1 or spare < 0:
             needed = 5 + block + (self.rounds or 1) * (self.min_distance + block)
-            raise ValueError(
+            raise UserError(
                 f"{self.n_pairs} pairs asked after {self.min_distance} tokens need a row of {needed} tokens"
             )
         return (self.min_distance + rng.multinomial(spare, [1 / rounds] * rounds)).tolist()

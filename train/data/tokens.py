@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsv4_jax.errors import UserError
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from train.data.corpus import Corpus, resolve
 from train.data.manifest import Manifest
@@ -89,7 +90,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenStore:
-        """Maps the files that `tokenise` wrote; ValueError when they are incomplete."""
+        """Maps the files that `tokenise` wrote; UserError when they are incomplete."""
         folder = Path(folder)
         about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
         arrays = {name: np.load(folder / f"{name}.npy") for name in ("offsets", "heldout", "document_bytes")}
@@ -97,7 +98,7 @@ class TokenStore:
         tokens = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
         found = {"tokens": len(tokens), "manifest": manifest.hash, "tokenizer": tokenizer.digest}
         if any(about[key] != value for key, value in found.items()) or arrays["offsets"][-1] != len(tokens):
-            raise ValueError(f"the token files in {folder} are damaged: delete that folder and they are made again")
+            raise UserError(f"the token files in {folder} are damaged: delete that folder and they are made again")
         return cls(tokens=tokens, manifest=manifest, tokenizer=tokenizer, **arrays)
 
 

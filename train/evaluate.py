@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +16,9 @@ from dsv4_jax.partition import ALONE, Partition
 from sharding.distributed import one_at_a_time
 from train.data.pipeline import Batch, bits_per_byte, heldout_batches
 from train.data.retrieval import RecallScore, RecallTask, recall_batches
+from train.data.tasks import Task
+from train.data.tasks.rows import TaskSource, evaluation_batches
+from train.data.tasks.score import TaskScore
 from train.data.tokens import TokenStore
 from train.losses import LOGIT_ELEMENTS, shifted_targets
 from train.placement import Placement
@@ -29,7 +32,7 @@ class Evaluator:
 
     Args:
         config: the architecture.
-        store: the tokenised corpus, with its held-out documents.
+        store: the tokenised corpus, with its held-out documents; or a task, of which there is no text.
         seq_len: tokens of a row.
         batch_size: rows of a batch.
         forward: `model.forward`, possibly with dtype and policy filled in.
@@ -40,7 +43,7 @@ class Evaluator:
     def __init__(
         self,
         config: DeepseekV4Config,
-        store: TokenStore,
+        store: TokenStore | TaskSource,
         seq_len: int,
         batch_size: int,
         forward: Callable[..., model.Output] = model.forward,
@@ -59,22 +62,31 @@ class Evaluator:
 
         Recall is the share of the dense attention's mass on compressed entries that the indexer's choice would hold.
         """
+        assert isinstance(self.store, TokenStore)
         batches = heldout_batches(self.store, self.seq_len, self.batch_size, documents=documents)
         results = [self._run(params, attention, batch) for batch in batches]
         nats = sum(float(result["nats"]) for result in results)
         found = {"heldout_bpb": bits_per_byte(nats, len(self.store.heldout_bytes(documents)))}
-        if results and "recall" in results[0]:
-            seen = max(sum(float(result["seeing"]) for result in results), 1.0)
-            found["index_recall"] = sum(float(result["recall"]) for result in results) / seen
-        return found
+        return found | _index_recall(results)
 
     def recall(self, params: Any, attention: Attention, task: RecallTask, rows: int) -> RecallScore:
         """The long-range recall task on about `rows` documents."""
+        assert isinstance(self.store, TokenStore)
         score = RecallScore()
         count = max(1, rows // self.batch_size)
         for batch in recall_batches(self.store, task, self.seq_len, self.batch_size, count):
             score.add(batch, np.asarray(self._run(params, attention, batch)["predicted"]))
         return score
+
+    def task(
+        self, params: Any, attention: Attention, task: Task, rows: int, period: int
+    ) -> tuple[TaskScore, dict[str, float]]:
+        """A synthetic task on about `rows` held-out rows; `period` is that of the phases. Dense also "index_recall"."""
+        score, results = TaskScore(period), []
+        for batch in evaluation_batches(task, self.seq_len, self.batch_size, max(1, rows // self.batch_size)):
+            results.append(self._run(params, attention, batch))
+            score.add(batch, np.asarray(results[-1]["predicted"]))
+        return score, _index_recall(results)
 
     def _run(self, params: Any, attention: Attention, batch: Batch) -> Scores:
         return one_at_a_time(self._scores[attention](params, batch["tokens"], batch["segment_ids"]))
@@ -82,6 +94,14 @@ class Evaluator:
     def _placed_scores(self, attention: Attention, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> Scores:
         params = self.placement.computing(self._rounded(params))
         return scores(self.config, self._forward, attention, params, tokens, segment_ids, self.placement.partition)
+
+
+def _index_recall(results: Sequence[Scores]) -> dict[str, float]:
+    """Share of the dense attention's mass on entries that the indexers' choices would hold, if it was measured."""
+    if not results or "recall" not in results[0]:
+        return {}
+    seen = max(sum(float(result["seeing"]) for result in results), 1.0)
+    return {"index_recall": sum(float(result["recall"]) for result in results) / seen}
 
 
 def scores(

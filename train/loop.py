@@ -20,19 +20,20 @@ from dsv4_jax.partition import ALONE, Partition
 from sharding.distributed import first_then_others, from_first
 from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
-from train.data.tokens import TokenStore, default_cache
+from train.data.tokens import default_cache
 from train.evaluate import Evaluator
 from train.interruptions import RunLog, Termination
 from train.metrics import Progress, device_peak, measured_matmul_peak
 from train.recipe import Recipe, Stage
 from train.report import finish
 from train.rollback import begin_rollback, episode_after, finish_rollback
-from train.run_data import check_recall, describe, open_store, recall_task, stage_batches
+from train.run_data import Source, check_recall, describe, open_source, recall_task, stage_batches
 from train.run_folder import RunFolder
 from train.stability import Watch
 from train.stage_run import Programs, StageRun, Undo
 from train.state import TrainState
 from train.step import StepPlan
+from train.task_report import measure_task
 
 
 def train(
@@ -60,7 +61,7 @@ def train(
         run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):
         run.say(_headline(recipe, config, folder, resuming))
-        store = first_then_others(lambda: open_store(recipe, config, cache))
+        store = first_then_others(lambda: open_source(recipe, config, cache))
         check_recall(recipe, store)
         folder.begin(recipe, config)
         from_first(lambda: folder.bind_data(store))
@@ -75,7 +76,7 @@ def train(
 
 def _all_stages(
     run: Run,
-    store: TokenStore,
+    store: Source,
     state: TrainState,
     host: dict[str, Any],
     checkpoints: Checkpoints,
@@ -103,14 +104,15 @@ def _all_stages(
 
 
 def _stages_from(
-    stages: StageRun, store: TokenStore, state: TrainState, host: dict[str, Any]
+    stages: StageRun, store: Source, state: TrainState, host: dict[str, Any]
 ) -> tuple[TrainState, Undo | None]:
     """All stages that still have steps to do, until a spike is to be undone."""
     recipe, undo = stages.shared.recipe, None
     while undo is None and (step := int(state.step)) < recipe.steps:
         index, start = recipe.stage_at(step)
         batches = stage_batches(recipe, store, index, step - start, host, stages.shared.plan.placement)
-        ahead = ReadAhead(batches, f"the text {recipe.data.corpus!r}", recipe.cadence.data_timeout)
+        source = f"the task {task.name!r}" if (task := recipe.data.task) else f"the text {recipe.data.corpus!r}"
+        ahead = ReadAhead(batches, source, recipe.cadence.data_timeout)
         try:
             state, undo = stages.run(state, index, start, ahead)
         finally:
@@ -167,7 +169,7 @@ class Run:
 class Evaluators:
     """One `Evaluator` for each row length, made when it is needed."""
 
-    def __init__(self, run: Run, store: TokenStore):
+    def __init__(self, run: Run, store: Source):
         """Compiles nothing yet."""
         self.run, self.store = run, store
         self._made: dict[int, Evaluator] = {}
@@ -183,9 +185,11 @@ class Evaluators:
         return self._made[length]
 
     def measure(self, params: Any, stage: Stage) -> dict[str, float]:
-        """The metrics of an evaluation between steps: few documents, the attention of the stage."""
+        """The metrics of an evaluation between steps: few documents or rows, the attention of the stage."""
         cadence, evaluator = self.run.recipe.cadence, self.at(stage.sequence_length)
         attention = "sparse" if stage.kind == "sparse" else "dense"
+        if self.run.recipe.data.task is not None:
+            return measure_task(self.run, params, evaluator, stage, cadence.recall_rows)
         found = evaluator.heldout(params, attention, cadence.eval_documents)
         if cadence.recall_rows:
             score = evaluator.recall(params, attention, recall_task(self.run.recipe), cadence.recall_rows)

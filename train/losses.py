@@ -106,15 +106,20 @@ def _chunks(vocab: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(pad(x).reshape(count, size, *x.shape[1:]) for x in arrays)
 
 
-def shifted_targets(tokens: jax.Array, segment_ids: jax.Array, shift: int) -> tuple[jax.Array, jax.Array]:
+def shifted_targets(
+    tokens: jax.Array, segment_ids: jax.Array, shift: int, loss_mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """For each position t the token t + shift, and weight 1 where all of t .. t + shift are in one document.
 
-    tokens, segment_ids int32 [B, S] -> (targets int32 [B, S], weights float32 [B, S]). Padding (id 0) has weight 0.
+    tokens, segment_ids int32 [B, S] -> (targets int32 [B, S], weights float32 [B, S]). Padding (id 0) has weight 0, and
+    so have targets where `loss_mask` [B, S] is 0.
     """
     ahead = lambda x, by: jnp.pad(x[:, by:], ((0, 0), (0, by)))  # noqa: E731
     inside = segment_ids != 0
     for by in range(1, shift + 1):
         inside &= ahead(segment_ids, by) == segment_ids
+    if loss_mask is not None:
+        inside &= ahead(loss_mask, shift) != 0
     return ahead(tokens, shift), inside.astype(jnp.float32)
 
 
@@ -170,7 +175,7 @@ class Totals(NamedTuple):
 def batch_totals(config: DeepseekV4Config, batch: Batch) -> Totals:
     """The totals of a whole batch [B, S], known before any microbatch of it is computed."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    ce, mtp = (shifted_targets(tokens, segment_ids, shift)[1].sum() for shift in (1, 2))
+    ce, mtp = (shifted_targets(tokens, segment_ids, shift, batch.get("loss_mask"))[1].sum() for shift in (1, 2))
     blocks = make_layout(config, tokens.shape[0], tokens.shape[1], segment_ids).blocks
     ratios = [layer.ratio for layer in _blocks_run(config) if layer.attention == CSA and layer.ratio in blocks]
     seeing = {ratio: (blocks[ratio].hi > blocks[ratio].lo).sum().astype(jnp.float32) for ratio in set(ratios)}
@@ -197,7 +202,8 @@ def training_loss(
     Args:
         config: the architecture.
         params: all parameters, buffers included.
-        batch: "tokens" and "segment_ids" int32 [B, S] (0 is padding).
+        batch: "tokens" and "segment_ids" int32 [B, S] (0 is padding); with "loss_mask" int32 [B, S] only
+            tokens where it is not 0 are targets of the next-token and MTP losses.
         totals: `batch_totals` of the whole batch.
         objective: what this stage trains; what it does not train is not computed.
         weights: of the losses.
@@ -229,7 +235,7 @@ def training_loss(
     }
     loss = jnp.zeros((), jnp.float32)
     if objective.language:
-        mean_ce = partial(_mean_cross_entropy, partition, model.output_matrix(params), tokens, segment_ids)
+        mean_ce = partial(_mean_cross_entropy, partition, model.output_matrix(params), batch)
         parts["ce"] = mean_ce(out.hidden, 1, totals.ce)
         loss += parts["ce"]
         if out.mtp_hidden is not None:
@@ -257,14 +263,13 @@ def _blocks_run(config: DeepseekV4Config) -> tuple[Any, ...]:
 def _mean_cross_entropy(
     partition: Partition,
     matrix: jax.Array,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
+    batch: Batch,
     hidden: jax.Array,
     shift: int,
     total: jax.Array,
 ) -> jax.Array:
     with jax.named_scope("cross_entropy"):
-        targets, counted = shifted_targets(tokens, segment_ids, shift)
+        targets, counted = shifted_targets(batch["tokens"], batch["segment_ids"], shift, batch.get("loss_mask"))
         sums = lambda matrix, hidden, *rest: chunked_cross_entropy(hidden, matrix, *rest)  # noqa: E731
         return partition.token_sums(sums, matrix, hidden, targets, counted) / jnp.maximum(total, 1)
 

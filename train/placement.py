@@ -18,6 +18,8 @@ from sharding.partition import MeshPartition
 from sharding.rules import check_fit, find_strategy, parameter_shardings, spec
 
 Tree = Any
+STEP_READS = ("tokens", "segment_ids", "loss_mask")
+"""Of a batch, int32 [B, S] each; the mask is there where not all tokens are targets."""
 
 
 def place(mesh: str | None, strategy: str | None) -> Partition:
@@ -132,8 +134,8 @@ class Placement:
         return own[0] // len(own), rows // len(own)
 
     def to_devices(self, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-        """The tokens and segment ids of this process's `part` of a batch of `rows` rows, as part of a whole array."""
-        read = {name: batch[name] for name in ("tokens", "segment_ids")}
+        """What a step reads of this process's `part` of a batch of `rows` rows, as part of a whole array."""
+        read = {name: batch[name] for name in STEP_READS if name in batch}
         if (sharding := self.batch) is None:
             return {name: jnp.asarray(x) for name, x in read.items()}
         first = self.part(rows)[0] * len(read["tokens"])

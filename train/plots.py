@@ -95,6 +95,7 @@ def _panels(baselines: dict[str, float]) -> list[tuple[Callable[[Any, Lines], No
         (_loss, ("loss", "ce")),
         (lambda axis, lines: _heldout(axis, lines, baselines), ("heldout_bpb",)),
         (_retrieval, ("retrieval_accuracy",)),
+        (_task, ("task_accuracy",)),
         (_learning_rate, ("lr",)),
         (_gradient, ("grad_norm",)),
         (_updates, ("update_rms_muon", "update_rms_adamw")),
@@ -134,6 +135,18 @@ def _retrieval(axis: Any, lines: Lines) -> None:
     axis.plot(x, y, color=GREEN, marker="o", markersize=3.5, clip_on=False)
     axis.set_ylim(-0.03, 1.05)
     axis.yaxis.set_major_formatter(_percent())
+
+
+def _task(axis: Any, lines: Lines) -> None:
+    axis.set_title("Held-out questions")
+    axis.set_ylabel("accuracy")
+    shown = {"task_accuracy": ("all", BLUE), "task_far": ("beyond all windows", GREEN)}
+    for name, (label, colour) in (shown | {"task_worst_phase": ("of these, worst phase", ORANGE)}).items():
+        x, y = _series(lines, name)
+        axis.plot(x, y, color=colour, marker="o", markersize=3.5, clip_on=False, label=label)
+    axis.set_ylim(-0.03, 1.05)
+    axis.yaxis.set_major_formatter(_percent())
+    axis.legend(loc="lower right")
 
 
 def _learning_rate(axis: Any, lines: Lines) -> None:

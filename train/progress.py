@@ -114,7 +114,11 @@ class Progress:
         text = self.describe(line)
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=line["step"], description=text)
-        elif now - self._last_print >= self.every or line["step"] >= self.total_steps or "heldout_bpb" in line:
+        elif (
+            now - self._last_print >= self.every
+            or line["step"] >= self.total_steps
+            or {"heldout_bpb", "task_accuracy"} & set(line)
+        ):
             self._last_print = now
             self.note(text)
 
@@ -125,6 +129,8 @@ class Progress:
             line.get("stage"),
             _labelled("loss {:.4f}", line, "loss"),
             _labelled("held-out {:.3f} bits/byte", line, "heldout_bpb"),
+            _labelled("answers {:.1%}", line, "task_accuracy"),
+            _labelled("far {:.1%}", line, "task_far"),
             _labelled("{:,.0f} tokens/s", line, "tokens_per_s"),
             f"MFU {'unknown' if line.get('mfu') is None else format(line['mfu'], '.1%')}",
             f"{_duration(self.seconds_left(line))} left",

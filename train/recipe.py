@@ -1,4 +1,4 @@
-"""A whole training run as data: model, text, stages, optimizer, losses, precision and how often to look and save."""
+"""A whole training run as data: model, data, stages, optimizer, losses, precision and how often to look and save."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from dsv4_jax.config import ConfigError, DeepseekV4Config
 from dsv4_jax.config_checks import nearest
 from dsv4_jax.errors import UserError
 from dsv4_jax.presets import preset
-from dsv4_jax.quantization.policy import precision_policy
+from train.data.tasks import Task, make_task
 from train.losses import LossWeights
 from train.optimizer import OptimizerConfig
+from train.recipe_checks import number_problems, stage_problems, task_problems
 from train.recipe_json import read_json, recipe_from_json, recipe_to_json, set_values
 from train.schedule import warmup_constant_cosine
 from train.stability import Stability
@@ -25,7 +26,7 @@ from train.step import Kind, Precision
 
 __all__ = ["Recipe", "RecipeError", "find_recipe", "recipe_from_json", "recipe_to_json", "set_values"]
 
-RECIPES = ("nano", "mini", "small", "flash", "pro")
+RECIPES = ("nano", "recall", "mini", "small", "flash", "pro")
 
 
 class RecipeError(UserError):
@@ -51,10 +52,39 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
-class DataChoice:
-    """Which text, and how it becomes rows.
+class TaskChoice:
+    """A synthetic task instead of a text (`train.data.tasks`).
 
     Attributes:
+        name: one of `TASKS`.
+        options: fields of the task to change; `--set data.task.options.n_pairs=4` writes here.
+        answers_only: the loss counts the answers alone; otherwise every token, as with a text.
+        phases: held-out rows begin with 0 to phases - 1 filler tokens, and accuracy is told apart by the needle's place
+            modulo it: a compression ratio.
+        far: questions whose answer stands further back count as far; 0: beyond the reach of all windows.
+    """
+
+    name: str = "mqar"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    answers_only: bool = True
+    phases: int = 4
+    far: int = 0
+
+    def training(self, stage: Stage) -> Task:
+        """The task of a stage's rows. Raises TaskError."""
+        return make_task(self.name, {**self.options, **(stage.task or {})})
+
+    def heldout(self, stage: Stage) -> Task:
+        """The task of held-out rows at a stage's length: all phases alike. Raises TaskError."""
+        return make_task(self.name, {**self.options, **(stage.task or {}), "offset": self.phases})
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which text or task, and how it becomes rows.
+
+    Attributes:
+        task: a synthetic task; then there is no text, and the other settings here mean nothing.
         corpus: `python`, `prose`, or a path, as `train.data.corpus.resolve` takes it.
         tokenizer: `bpe` (learned from the corpus, as large as the model's vocabulary allows), `bytes`, `deepseek`, or a
             tokenizer.json.
@@ -72,6 +102,7 @@ class DataChoice:
     recall_share: float = 0.0
     recall_pairs: int = 8
     recall_distance: int = 256
+    task: TaskChoice | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +116,7 @@ class Stage:
         sequence_length: tokens of a row.
         batch_size: rows of a batch, over all devices.
         microbatches: parts of a batch that are computed one after another, to save memory.
+        task: options of the run's task that differ in this stage.
     """
 
     name: str
@@ -93,6 +125,7 @@ class Stage:
     sequence_length: int
     batch_size: int
     microbatches: int = 1
+    task: Mapping[str, Any] | None = None
 
     @property
     def tokens(self) -> int:
@@ -128,7 +161,8 @@ class Cadence:
         eval_documents: held-out documents of the evaluations between.
         final_documents: held-out documents of the last evaluation, which `xz` compresses as well; None: all.
         eval_batch_size: rows of an evaluation batch.
-        recall_rows: recall documents of an evaluation (the last takes four times as many); 0 evaluates no recall.
+        recall_rows: recall documents, or rows of the task, of an evaluation (the last takes four times as many); 0
+            evaluates no recall.
         data_timeout: seconds to wait for a batch before the run saves itself and ends; 0 waits for ever.
     """
 
@@ -210,11 +244,11 @@ class Recipe:
             RecipeError, ConfigError: with every setting that is wrong.
         """
         config = self.model.config
-        problems = [problem for i, stage in enumerate(self.stages) for problem in _stage_problems(i, stage, config)]
+        problems = stage_problems(self, config)
         problems += [] if self.stages else ["stages is empty: a run needs at least one"]
         names = [stage.name for stage in self.stages]
         problems += [f"two stages are called {name!r}" for name in sorted(set(names)) if names.count(name) > 1]
-        problems += _number_problems(self)
+        problems += number_problems(self) + task_problems(self, config)
         if not problems:
             try:
                 self.schedule()
@@ -260,38 +294,3 @@ def _found(source: str) -> Recipe:
     data = read_json(Path(source))
     base = data.pop("base", None)
     return recipe_from_json(Recipe, data, base=None if base is None else _found(base))
-
-
-def _stage_problems(index: int, stage: Stage, config: DeepseekV4Config) -> list[str]:
-    where, problems = f"stages.{index} ({stage.name})", []
-    for name in ("steps", "sequence_length", "batch_size", "microbatches"):
-        if getattr(stage, name) < 1:
-            problems.append(f"{where}: {name} is {getattr(stage, name)}, at least 1 is needed")
-    if stage.microbatches > 0 and stage.batch_size % stage.microbatches:
-        problems.append(f"{where}: microbatches {stage.microbatches} must divide batch_size {stage.batch_size}")
-    if stage.sequence_length > config.max_position_embeddings:
-        longest = config.max_position_embeddings
-        problems.append(f"{where}: sequence_length {stage.sequence_length} exceeds max_position_embeddings {longest}")
-    if stage.kind == "indexer_warmup" and not config.has_indexer:
-        problems.append(f"{where}: the model has no CSA layer, so there is no indexer to warm up")
-    return problems
-
-
-def _number_problems(recipe: Recipe) -> list[str]:
-    problems = []
-    if not 0 < recipe.learning_rate.decay_start < 1:
-        problems.append(f"learning_rate.decay_start is a share of the run, not {recipe.learning_rate.decay_start}")
-    if not 0 <= recipe.data.fim_rate <= 1:
-        problems.append(f"data.fim_rate is {recipe.data.fim_rate}; it must lie in [0, 1]")
-    if not 0 <= recipe.data.recall_share < 1:
-        problems.append(f"data.recall_share is {recipe.data.recall_share}; it must lie in [0, 1)")
-    distance, window = recipe.data.recall_distance, recipe.model.config.sliding_window
-    if distance < window:
-        problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
-    if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
-        problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
-    try:
-        precision_policy(recipe.precision.policy, recipe.model.config)
-    except UserError as error:
-        problems.append(f"precision.policy: {error}")
-    return problems + recipe.stability.problems()

@@ -68,6 +68,10 @@ def _with(node: Any, path: Sequence[str], value: Any, whole: str) -> Any:
         index = _index(node, name, whole)
         changed = _with(node[index], rest, value, whole) if rest else value
         return (*node[:index], changed, *node[index + 1 :])
+    if isinstance(node, Mapping):  # options of a task
+        if rest:
+            raise ValueError(f"{whole!r}: {name} is a single value")
+        return {**node, name: value}
     hints = typing.get_type_hints(type(node))
     if "overrides" in hints and name in FIELDS:  # a field of the architecture
         value = tuple(value) if isinstance(value, list) else value
@@ -75,9 +79,10 @@ def _with(node: Any, path: Sequence[str], value: Any, whole: str) -> Any:
     if name not in hints:
         known = [*hints, *(FIELDS if "overrides" in hints else ())]
         raise ValueError(f"there is no setting {whole!r}{nearest(name, known)}: here are {', '.join(hints)}")
-    if rest and not (dataclasses.is_dataclass(getattr(node, name)) or isinstance(getattr(node, name), tuple)):
+    inside = getattr(node, name)
+    if rest and not (dataclasses.is_dataclass(inside) or isinstance(inside, tuple | Mapping)):
         raise ValueError(f"{whole!r}: {name} is a single value")
-    changed = _with(getattr(node, name), rest, value, whole) if rest else _read(hints[name], value, whole, None)
+    changed = _with(inside, rest, value, whole) if rest else _read(hints[name], value, whole, None)
     return dataclasses.replace(node, **{name: changed})
 
 

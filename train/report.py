@@ -12,10 +12,13 @@ from dsv4_jax.inference.requests import GenerateOptions
 from sharding.distributed import from_first, whole_on_host
 from train.data.pipeline import xz_bits_per_byte
 from train.data.retrieval import RecallTask
+from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
 from train.metrics import MetricsWriter, read_metrics
 from train.plots import plot_curves
-from train.run_data import recall_task
+from train.run_data import Source, recall_task
+from train.task_plots import draw_task
+from train.task_report import MEASURES, describe_task, final_task
 
 if TYPE_CHECKING:
     from train.loop import Evaluators, Run
@@ -24,19 +27,24 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
 GATHERED_BYTES = 8 << 30  # of parameters that are brought together for the sample
 
 
-def finish(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> dict[str, Any]:
+def finish(run: Run, store: Source, params: Any, evaluators: Evaluators) -> dict[str, Any]:
     """Measures, draws and writes everything about the trained parameters; returns the summary."""
+    summary: dict[str, Any] = {"steps": run.recipe.steps, "tokens": run.recipe.tokens}
     with run.phase("evaluation"):
-        run.say("evaluating on held-out text ...")
-        summary = {"steps": run.recipe.steps, "tokens": run.recipe.tokens} | measure(run, store, params, evaluators)
+        run.say(f"evaluating on held-out {'rows' if isinstance(store, TaskSource) else 'text'} ...")
+        if isinstance(store, TaskSource):
+            summary |= final_task(run, params, evaluators)
+        else:
+            summary |= measure(run, store, params, evaluators)
     with run.phase("sample and pictures"):
-        summary["sample"] = sample_for_all(run, store, params)
+        if not isinstance(store, TaskSource):
+            summary["sample"] = sample_for_all(run, store, params)
         if jax.process_index() == 0:
             _log(run, summary)
             _draw(run, summary)
     summary["seconds"] = {name: round(seconds, 1) for name, seconds in run.seconds.items()}
     run.folder.write_json("summary.json", summary)
-    run.say(describe(run, summary))
+    run.say(describe_task(run, summary) if isinstance(store, TaskSource) else describe(run, summary))
     return summary
 
 
@@ -118,18 +126,21 @@ def _edges(task: RecallTask, length: int) -> list[int]:
 
 def _log(run: Run, summary: dict[str, Any]) -> None:
     """The last evaluation as a line of the log, once."""
-    found = {name: summary[name] for name in ("heldout_bpb", "index_recall", "retrieval_accuracy") if name in summary}
+    names = ("heldout_bpb", "index_recall", "retrieval_accuracy", *MEASURES)
+    found = {name: summary[name] for name in names if name in summary}
     lines = read_metrics(run.folder.metrics)
-    if not any(line["step"] == run.recipe.steps and "heldout_bpb" in line for line in lines):
+    if not any(line["step"] == run.recipe.steps and {"heldout_bpb", "task_accuracy"} & set(line) for line in lines):
         with MetricsWriter(run.folder.root, resume_step=run.recipe.steps) as writer:
             writer.write(run.recipe.steps, found)
 
 
 def _draw(run: Run, summary: dict[str, Any]) -> None:
-    root, baselines = run.folder.root, {"xz -9": summary["xz_bpb"]}
+    root, baselines = run.folder.root, {"xz -9": summary["xz_bpb"]} if "xz_bpb" in summary else {}
     plot_curves(root / "metrics.jsonl", root / "curves.png", baselines=baselines, title=run.recipe.name)
     if "retrieval_by_distance" in summary:
         draw_recall(summary, run.config.sliding_window, root / "retrieval.png")
+    if "task_accuracy" in summary:
+        draw_task(summary, run.config.sliding_window, root / "task.png")
 
 
 def draw_recall(summary: dict[str, Any], window: int, path: Any) -> None:

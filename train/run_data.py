@@ -1,4 +1,4 @@
-"""The text of a run: its token store, and the batches of each stage."""
+"""The data of a run: the token store of a text, or a synthetic task; and the batches of each stage."""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ from typing import Any
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
-from train.data.pipeline import BatchConfig, Rows, TrainBatches
+from train.data.pipeline import BatchConfig, RowBatches, Rows, TrainBatches
 from train.data.retrieval import RecallTask
+from train.data.tasks.rows import TaskRows, TaskSource, task_batches
 from train.data.tokens import TokenStore, prepare
 from train.placement import Placement
 from train.recipe import Recipe, RecipeError
+
+Source = TokenStore | TaskSource
+
+
+def open_source(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | None) -> Source:
+    """Where the rows of a recipe come from. Raises RecipeError, as `open_store`."""
+    if (choice := recipe.data.task) is not None:
+        return TaskSource(choice.name, choice.answers_only)
+    return open_store(recipe, config, cache)
+
+
+def masks_loss(recipe: Recipe) -> bool:
+    """Whether batches have a "loss_mask"."""
+    return recipe.data.task is not None and recipe.data.task.answers_only
 
 
 def open_store(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | None) -> TokenStore:
@@ -35,8 +50,10 @@ def open_store(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | Non
     return store
 
 
-def describe(store: TokenStore) -> str:
-    """One line about a tokenised corpus."""
+def describe(store: Source) -> str:
+    """One line about a tokenised corpus or a task."""
+    if isinstance(store, TaskSource):
+        return f"task {store.name}, the loss on {'the answers alone' if store.answers_only else 'every token'}"
     held = store.heldout_documents
     return (
         f"{store.manifest.corpus}, {len(store.tokens):,} tokens of a vocabulary of {store.tokenizer.vocab_size:,} in "
@@ -49,9 +66,9 @@ def recall_task(recipe: Recipe) -> RecallTask:
     return RecallTask(n_pairs=recipe.data.recall_pairs, min_distance=recipe.data.recall_distance)
 
 
-def check_recall(recipe: Recipe, store: TokenStore) -> None:
-    """Makes one recall document for each row length, so that an impossible task is found at once."""
-    if not (recipe.data.recall_share or recipe.cadence.recall_rows):
+def check_recall(recipe: Recipe, store: Source) -> None:
+    """Makes one recall document for each row length of a text, so that an impossible task is found at once."""
+    if isinstance(store, TaskSource) or not (recipe.data.recall_share or recipe.cadence.recall_rows):
         return
     for stage in recipe.stages:
         try:
@@ -86,12 +103,26 @@ def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
     return configs
 
 
+def task_rows(recipe: Recipe) -> list[TaskRows]:
+    """The rows of every stage of a task; each begins at the number where the one before it ended."""
+    assert (choice := recipe.data.task) is not None
+    rows, start = [], 0
+    for stage in recipe.stages:
+        task = choice.training(stage)
+        rows.append(TaskRows(task, stage.sequence_length, recipe.seed, start, choice.answers_only))
+        start += stage.steps * stage.batch_size
+    return rows
+
+
 def stage_batches(
-    recipe: Recipe, store: TokenStore, index: int, done: int, host: dict[str, Any], placement: Placement
-) -> TrainBatches:
+    recipe: Recipe, store: Source, index: int, done: int, host: dict[str, Any], placement: Placement
+) -> RowBatches:
     """The batches of stage `index` from its step `done` on; of each the rows that this process's devices hold."""
-    config = batch_configs(recipe, store)[index]
-    batches = TrainBatches(store, config, *placement.part(config.batch_size))
+    part = placement.part(recipe.stages[index].batch_size)
+    if isinstance(store, TaskSource):
+        batches: RowBatches = task_batches(store, task_rows(recipe)[index], recipe.stages[index].batch_size, *part)
+    else:
+        batches = TrainBatches(store, batch_configs(recipe, store)[index], *part)
     if done:
         batches.set_state(host["data"])
     return batches

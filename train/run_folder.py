@@ -11,6 +11,7 @@ import jax
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import to_released_json
 from train.data.manifest import Manifest, require_same_data
+from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
 from train.recipe import Recipe, RecipeError, recipe_to_json
 from train.recipe_json import read_json
@@ -39,10 +40,10 @@ class RunFolder:
         if not self.recipe.is_file():
             raise RecipeError(f"{self.root} holds files but no recipe.json, so it is no run: give another --out")
         old, new = read_json(self.recipe), recipe_to_json(recipe)
-        if differences := sorted(_differences(_fixed(old), _fixed(new))):
+        if changed := sorted(differences(_fixed(old), _fixed(new))):
             raise RecipeError(
                 f"{self.root} holds a run with other settings, and nothing is overwritten:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(changed)
                 + "\nGive the new run a folder with --out, or repeat the old settings to resume the old run."
             )
         return True
@@ -52,8 +53,8 @@ class RunFolder:
         self.write_json("recipe.json", recipe_to_json(recipe))
         self.write_json("config.json", to_released_json(config))
 
-    def bind_data(self, store: TokenStore) -> None:
-        """Writes the manifest and the tokenizer, or, where they are, demands that the data is the same.
+    def bind_data(self, store: TokenStore | TaskSource) -> None:
+        """Writes the manifest and the tokenizer (of a text), or, where they are, demands that the data is the same.
 
         Raises:
             DataMismatchError: the corpus changed since the run began.
@@ -61,7 +62,8 @@ class RunFolder:
         if self.manifest.is_file():
             require_same_data(Manifest.load(self.manifest), store.manifest)
         elif jax.process_index() == 0:
-            store.tokenizer.save(self.root)
+            if isinstance(store, TokenStore):
+                store.tokenizer.save(self.root)
             store.manifest.save(self.manifest)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -77,11 +79,11 @@ def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name not in FREE}
 
 
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """`path: was .., is ..` for every leaf that differs."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         keys = old.keys() | new.keys()
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
     return [] if old == new else [f"{where}: was {json.dumps(old)}, is {json.dumps(new)}"]

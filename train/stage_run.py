@@ -20,8 +20,9 @@ from train.flops import training_flops_per_token
 from train.interruptions import RunLog, Terminated, Termination
 from train.losses import learned_blocks
 from train.metrics import Meter, Progress
-from train.placement import Placement
+from train.placement import STEP_READS
 from train.recipe import Stage
+from train.run_data import masks_loss
 from train.stability import Spike, Watch
 from train.state import TrainState
 from train.step import make_router, make_train_step
@@ -59,8 +60,15 @@ class Programs:
         """Shape and dtype of the experts of a batch."""
         plan = self.shared.plan
         router = make_router(plan, stage.kind, stage.microbatches)
-        ids = jax.eval_shape(router, _abstract(params), batch_shape(stage, plan.placement))
+        ids = jax.eval_shape(router, _abstract(params), self.batch_shape(stage))
         return jax.ShapeDtypeStruct(ids.shape, ids.dtype, sharding=plan.placement.batch)
+
+    def batch_shape(self, stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of what a step reads of a batch."""
+        names = [name for name in STEP_READS if name != "loss_mask" or masks_loss(self.shared.recipe)]
+        size = (stage.batch_size, stage.sequence_length)
+        shape = jax.ShapeDtypeStruct(size, jnp.int32, sharding=self.shared.plan.placement.batch)
+        return dict.fromkeys(names, shape)
 
     def _compiled(self, name: str, stage: Stage, jitted: Any, state: Any, more: dict[str, Any]) -> Callable[..., Any]:
         if stage.name != self._stage:
@@ -70,9 +78,7 @@ class Programs:
             self.shared.say(f"compiling the {stage.name} {name}: {shape} ...")
             began = time.perf_counter()
             with self.shared.phase("compilation"):
-                self._made[name] = jitted.lower(
-                    _abstract(state), batch_shape(stage, self.shared.plan.placement) | more
-                ).compile()
+                self._made[name] = jitted.lower(_abstract(state), self.batch_shape(stage) | more).compile()
             self.shared.say(f"compiled in {time.perf_counter() - began:.1f} s")
         return self._made[name]
 
@@ -247,13 +253,6 @@ class _Lines:
         seen |= self.run.watch.marks(done) | self.meter.tick(tokens, self.flops)
         self.run.progress.update(self.run.log.write(done, metrics | seen))
         return self.run.watch.observe(done, metrics)
-
-
-def batch_shape(stage: Stage, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of what a step reads of a batch."""
-    size = (stage.batch_size, stage.sequence_length)
-    shape = jax.ShapeDtypeStruct(size, jnp.int32, sharding=placement.batch)
-    return {"tokens": shape, "segment_ids": shape}
 
 
 def _abstract(state: Any) -> Any:

@@ -19,6 +19,10 @@ COMMANDS = {  # name: module, what it does
     "plan": ("dsv4_jax.cli.plan", "whether a deployment fits, how fast it can be and what it costs, in a second"),
     "compile": ("dsv4_jax.cli.compile", "compile a step for TPU slices or GPU clusters that are not here: what fits"),
     "train": ("dsv4_jax.cli.train", "train a model by a recipe, or resume an interrupted run"),
+    "ablate": (
+        "dsv4_jax.cli.ablate",
+        "train variants of a recipe: which mechanism does what, as a table and a picture",
+    ),
     "launch": ("dsv4_jax.cli.launch", "start a command in several processes on this machine, as one job"),
     "generate": ("dsv4_jax.cli.generate", "continue a text with a checkpoint, as it comes"),
     "chat": ("dsv4_jax.cli.chat", "talk with a checkpoint in the release's prompt format"),
@@ -30,6 +34,7 @@ EXAMPLES = """  dsv4 info v4-pro
   dsv4 plan v4-flash --context 1M --hardware h200
   dsv4 compile v4-flash --target h200:1x8 --mode decode --batch 8 --seq 1M
   dsv4 train nano
+  dsv4 ablate recall --only full no-csa sliding-only
   dsv4 launch -n 2 -- train nano
   dsv4 generate runs/nano --prompt 'def main():'
   dsv4 chat runs/nano --system 'Be brief.'

@@ -36,7 +36,7 @@ class Train:
     """Arguments of `dsv4 train`."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """A recipe: nano, mini, small, flash, pro."""
+    """A recipe: nano, recall, mini, small, flash, pro."""
     recipe: str | None = None
     """A recipe file instead: .json (whole, or with "base" and what differs from it), or .py with RECIPE."""
     out: str | None = None

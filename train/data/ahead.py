@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any
 
 from dsv4_jax.errors import UserError
-from train.data.pipeline import Batch, TrainBatches
+from train.data.pipeline import Batch, RowBatches
 
 
 class DataSourceError(UserError):
@@ -16,7 +16,7 @@ class DataSourceError(UserError):
 
 
 class ReadAhead:
-    """The batches of a `TrainBatches`, a few of which are read in a thread of their own while the device works.
+    """The batches of a `RowBatches`, a few of which are read in a thread of their own while the device works.
 
     Args:
         batches: where they come from; nobody else may use it from now on.
@@ -25,7 +25,7 @@ class ReadAhead:
         depth: batches that are read ahead.
     """
 
-    def __init__(self, batches: TrainBatches, source: str, timeout: float = 0.0, depth: int = 4):
+    def __init__(self, batches: RowBatches, source: str, timeout: float = 0.0, depth: int = 4):
         """See the class; the thread is a daemon, so that a source which never answers cannot keep a process alive."""
         self._batches, self._source, self._timeout = batches, source, timeout
         self._taken, self._peeked = batches.step, deque[Batch]()
@@ -46,7 +46,7 @@ class ReadAhead:
         return self._peeked[ahead]
 
     def get_state(self) -> dict[str, Any]:
-        """`TrainBatches.get_state` behind the batches that were taken, not those that were read."""
+        """`RowBatches.get_state` behind the batches that were taken, not those that were read."""
         return self._batches.get_state() | {"step": self._taken}
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import grain
 import numpy as np
@@ -133,28 +133,49 @@ class Rows:
         return document[piece.begin : piece.end]
 
 
-class TrainBatches:
+class NumberedRows(Protocol):
+    """Anything that knows each of its rows by number."""
+
+    def row(self, index: int) -> Batch:
+        """Row `index` as a batch entry without the batch axis."""
+        ...
+
+
+class RowBatches:
     """Endless iterator over one process's part of every batch.
 
     Its state is the number of batches taken: a small JSON dictionary, the same on every process and for any number of
     processes. Rows [p * b, (p + 1) * b) of a batch belong to process p, b = batch_size / process_count.
+
+    Args:
+        rows: a pure function of the row's number.
+        batch_size: rows of a batch, over all processes together.
+        identity: what the rows are made of, by part; JSON. A state of another identity is refused.
+        process_index: this process.
+        process_count: all of them.
     """
 
-    def __init__(self, store: TokenStore, config: BatchConfig, process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        rows: NumberedRows,
+        batch_size: int,
+        identity: dict[str, Any],
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         """Begins at batch 0; `set_state` moves it."""
-        if config.batch_size % process_count or not 0 <= process_index < process_count:
-            found = f"process {process_index} of {process_count}, batch_size {config.batch_size}"
+        if batch_size % process_count or not 0 <= process_index < process_count:
+            found = f"process {process_index} of {process_count}, batch_size {batch_size}"
             raise UserError(f"{found}: the number of processes must divide the batch, and the index lie below it")
-        self.rows = Rows(store, config)
-        self._identity = {"data": store.identity, "stage": _plain(asdict(config))}
-        share = config.batch_size // process_count
-        source = _Share(self.rows, config.batch_size, process_index * share, share)
+        self._identity = {part: _plain(value) for part, value in identity.items()}
+        share = batch_size // process_count
+        source = _Share(rows, batch_size, process_index * share, share)
         # `ReadAhead` reads in the background: grain's threads would keep a process alive whose source has stalled.
         at_once = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(at_once))
         self.step = 0
 
-    def __iter__(self) -> TrainBatches:
+    def __iter__(self) -> RowBatches:
         """Itself."""
         return self
 
@@ -163,11 +184,6 @@ class TrainBatches:
         batch = next(self._iterator)
         self.step += 1
         return batch
-
-    @property
-    def offset(self) -> int:
-        """Where a stage that follows now begins: its `start`."""
-        return self.rows.offset(self.step * self.rows.config.batch_size)
 
     def close(self) -> None:
         """Lets go of the iterator."""
@@ -179,19 +195,32 @@ class TrainBatches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to the place of a state; UserError when it belongs to other data or another stage."""
-        for part in ("data", "stage"):
-            if state.get(part) != self._identity[part]:
-                raise UserError(
-                    f"the saved state is of other {part}: {_changes(state.get(part), self._identity[part])}"
-                )
+        for part, own in self._identity.items():
+            if state.get(part) != own:
+                raise UserError(f"the saved state is of other {part}: {_changes(state.get(part), own)}")
         self.step = int(state["step"])
         self._iterator.set_state({"next_index": self.step})
+
+
+class TrainBatches(RowBatches):
+    """The batches of a training stage over a corpus."""
+
+    def __init__(self, store: TokenStore, config: BatchConfig, process_index: int = 0, process_count: int = 1):
+        """See `RowBatches`."""
+        self.rows = Rows(store, config)
+        identity = {"data": store.identity, "stage": asdict(config)}
+        super().__init__(self.rows, config.batch_size, identity, process_index, process_count)
+
+    @property
+    def offset(self) -> int:
+        """Where a stage that follows now begins: its `start`."""
+        return self.rows.offset(self.step * self.rows.config.batch_size)
 
 
 class _Share:
     """Batch `index` of one process, as grain wants a source."""
 
-    def __init__(self, rows: Rows, batch_size: int, first: int, count: int):
+    def __init__(self, rows: NumberedRows, batch_size: int, first: int, count: int):
         self._rows, self._batch_size, self._first, self._count = rows, batch_size, first, count
 
     def __len__(self) -> int:

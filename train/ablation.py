@@ -1,0 +1,119 @@
+"""Which mechanism did it: variants of a recipe, each a function from recipe to recipe.
+
+Another kind of model is one more entry in `variants`: whatever a recipe can say, a variant can change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4_jax.config import CSA, HCA, SLIDING, AttentionKind
+from dsv4_jax.presets import article_plan
+from train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        name: of its folder.
+        about: what is different from the recipe.
+        change: makes its recipe; the ablation sets seeds.
+    """
+
+    name: str
+    about: str
+    change: Callable[[Recipe], Recipe]
+
+
+def variants(recipe: Recipe) -> dict[str, Variant]:
+    """All variants of a recipe by name, in the order of the table; those that change nothing are left out."""
+    config = recipe.model.config
+    csa, hca = (next((layer.ratio for layer in config.layers if layer.attention == kind), 0) for kind in (CSA, HCA))
+    found = [
+        Variant("full", "the recipe", lambda r: r),
+        Variant("no-csa", "CSA layers slide", lambda r: without(r, CSA)),
+        Variant("no-hca", "HCA layers slide", lambda r: without(r, HCA)),
+        Variant("sliding-only", "all layers slide", lambda r: without(r, CSA, HCA)),
+        Variant("dense", "CSA attends all entries", dense_only),
+    ]
+    if recipe.data.task is not None and recipe.data.task.options.get("offset", 1) > 1:
+        found.append(Variant("no-offsets", "documents of training begin at place 0", lambda r: with_offset(r, 1)))
+    if csa:
+        halves = [k for k in (config.index_topk // 4, config.index_topk // 2) if k]
+        found += [Variant(f"topk-{k}", f"the indexer chooses {k} entries", with_topk(k)) for k in halves]
+        others = [ratio for ratio in (csa // 2, csa * 2) if ratio > 1]
+        found += [Variant(f"csa-{m}", f"CSA compresses by {m}", with_ratio(CSA, m)) for m in others]
+    if hca:
+        others = [ratio for ratio in (hca // 2, hca * 2) if ratio > 1]
+        found += [Variant(f"hca-{m}", f"HCA compresses by {m}", with_ratio(HCA, m)) for m in others]
+    if csa and hca:
+        plans = (("article-3-1", 3), ("article-4-1", 4))
+        found += [Variant(name, f"{n} CSA layers, then one HCA", lambda r, n=n: with_plan(r, n)) for name, n in plans]
+    return {variant.name: variant for variant in found}
+
+
+def without(recipe: Recipe, *kinds: AttentionKind) -> Recipe:
+    """Layers of these kinds become sliding layers. Without CSA there is no indexer, so nothing is warmed up."""
+    plan = [(SLIDING, 0) if spec.attention in kinds else (spec.attention, spec.ratio) for spec in _specs(recipe)]
+    changed = _with_plan(recipe, plan)
+    return changed if changed.model.config.has_indexer else dense_only(changed)
+
+
+def dense_only(recipe: Recipe) -> Recipe:
+    """Dense attention in every stage; stages that train the indexer alone are gone, the others keep their steps."""
+    stages = [stage for stage in recipe.stages if stage.kind != "indexer_warmup"]
+    return dataclasses.replace(recipe, stages=tuple(dataclasses.replace(stage, kind="dense") for stage in stages))
+
+
+def with_offset(recipe: Recipe, offset: int) -> Recipe:
+    """Training rows begin with 0 to offset - 1 tokens of filler; held-out rows are as before."""
+    assert (choice := recipe.data.task) is not None
+    choice = dataclasses.replace(choice, options={**choice.options, "offset": offset})
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, task=choice))
+
+
+def with_topk(count: int) -> Callable[[Recipe], Recipe]:
+    """The indexer chooses `count` entries."""
+    return lambda recipe: _with_model(recipe, index_topk=count)
+
+
+def with_ratio(kind: AttentionKind, ratio: int) -> Callable[[Recipe], Recipe]:
+    """Layers of a kind compress by `ratio`."""
+
+    def change(recipe: Recipe) -> Recipe:
+        plan = [(spec.attention, ratio if spec.attention == kind else spec.ratio) for spec in _specs(recipe)]
+        return _with_plan(recipe, plan)
+
+    return change
+
+
+def with_plan(recipe: Recipe, csa_per_hca: int) -> Recipe:
+    """The article's plan at the depth that it needs: the sliding layers, `csa_per_hca` CSA layers and one HCA layer."""
+    config = recipe.model.config
+    ratios = {spec.attention: spec.ratio for spec in config.layers}
+    sliding = [SLIDING] * config.layer_types[: config.num_hidden_layers].count(SLIDING)
+    kinds = [*sliding, *[CSA] * csa_per_hca, HCA]
+    planned = article_plan(_with_plan(recipe, [(kind, ratios[kind]) for kind in kinds]).model.config, csa_per_hca)
+    return _with_plan(recipe, [(spec.attention, spec.ratio) for spec in planned.layers])
+
+
+def _specs(recipe: Recipe) -> Sequence[Any]:
+    return recipe.model.config.layers
+
+
+def _with_plan(recipe: Recipe, plan: Sequence[tuple[AttentionKind, int]]) -> Recipe:
+    """The recipe with these layers; routing by hash stays in the first blocks."""
+    config = recipe.model.config
+    modules = tuple((spec.attention, spec.ratio) for spec in config.mtp_layers)
+    kinds, ratios = zip(*plan, *modules, strict=True)
+    return _with_model(recipe, num_hidden_layers=len(plan), compress_ratios=ratios, layer_types=kinds)
+
+
+def _with_model(recipe: Recipe, **fields: Any) -> Recipe:
+    model = dataclasses.replace(recipe.model, overrides={**recipe.model.overrides, **fields})
+    return dataclasses.replace(recipe, model=model)

@@ -1,0 +1,70 @@
+"""The picture of an ablation: far accuracy of every variant with its seeds and worst phase; accuracy by distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
+
+LINES = (GREEN, BLUE, ORANGE, PURPLE, RED, INK, GREY)
+
+
+def draw_ablation(results: Sequence[dict[str, Any]], window: int, path: Path) -> None:
+    """Draws `ablation_run` results; the suffix of `path` is the format."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.9 + 0.34 * len(results)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    first = results[0]["runs"][0]
+    _far(left, results, first)
+    _distances(right, results[: len(LINES)], window, first)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
+
+
+def _far(axis: Any, results: Sequence[dict[str, Any]], first: dict[str, Any]) -> None:
+    """A bar for each mean, a dot for each seed, and the mean of the seeds' worst phases as a mark."""
+    for row, result in enumerate(results):
+        far, worst = (_values(result, name) for name in ("task_far", "task_worst_phase"))
+        if not far:
+            continue
+        axis.barh(row, np.mean(far), color=GREEN, alpha=0.55, height=0.62)
+        axis.plot(far, [row] * len(far), "o", color=INK, markersize=3.5, label="a seed" if row == 0 else None)
+        label = "worst phase, mean over seeds" if row == 0 else None
+        axis.plot(np.mean(worst), row, marker="|", markersize=13, markeredgewidth=2.2, color=ORANGE, ls="", label=label)
+    chance = first["task_chance"]
+    axis.axvline(chance, color=RED, linestyle="--", linewidth=1.2, label=f"chance  {chance:.0%}")
+    axis.set_yticks(range(len(results)), [f"{r['variant']}  ({r['about']})" for r in results], fontsize=8.5)
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.02), xlabel="accuracy")
+    axis.set_title(
+        f"Questions about more than {first['far']} tokens before", loc="left", fontweight="bold", fontsize=11
+    )
+    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.36), ncols=3)
+
+
+def _distances(axis: Any, results: Sequence[dict[str, Any]], window: int, first: dict[str, Any]) -> None:
+    """Mean over seeds by distance, a line for each of the first variants."""
+    edges = sorted({int(edge) for result in results for run in result["runs"] for edge in run["task_by_distance"]})
+    for result, colour in zip(results, LINES, strict=False):
+        means = {edge: _values(result, "task_by_distance", str(edge)) for edge in edges}
+        x = [place for place, edge in enumerate(edges) if means[edge]]
+        y = [np.mean(means[edge]) for edge in edges if means[edge]]
+        axis.plot(x, y, marker="o", markersize=4, color=colour, label=result["variant"])
+    axis.axhline(first["task_chance"], color=RED, linestyle="--", linewidth=1.2)
+    axis.set_xticks(range(len(edges)), [f"{edge}+" for edge in edges])
+    axis.set(ylim=(-0.02, 1.05), ylabel="accuracy", xlabel=f"distance in tokens (window {window})")
+    axis.set_title("By distance", loc="left", fontweight="bold", fontsize=11)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _values(result: dict[str, Any], name: str, key: str | None = None) -> list[float]:
+    """Of every run that has it."""
+    found = [run.get(name) for run in result["runs"]]
+    found = [value.get(key) if key is not None and value else value for value in found]
+    return [value for value in found if value is not None]

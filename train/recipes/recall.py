@@ -1,0 +1,47 @@
+"""Recall beyond the window: a small V4 learns multi-query associative recall on two CPU cores, in minutes."""
+
+from train.losses import LossWeights
+from train.optimizer import OptimizerConfig
+from train.recipe import Cadence, DataChoice, LearningRate, ModelChoice, Recipe, Stage, TaskChoice
+
+MODEL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_nextn_predict_layers": 0,
+    "compress_ratios": (0, 4, 16),
+    "layer_types": ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
+    "num_hash_layers": 0,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 32,
+    "o_groups": 1,
+    "o_lora_rank": 32,
+    "sliding_window": 16,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "hc_mult": 2,
+    "rope_scaling": None,
+}
+
+RECIPE = Recipe(
+    name="recall",
+    about="minutes on 2 CPU cores; multi-query associative recall beyond the window",
+    model=ModelChoice("nano", MODEL),
+    data=DataChoice(
+        task=TaskChoice("mqar", {"n_pairs": 8, "n_keys": 32, "n_values": 32, "offset": 16}),
+    ),
+    stages=(
+        Stage("dense", "dense", steps=400, sequence_length=128, batch_size=16),
+        Stage("indexer", "indexer_warmup", steps=20, sequence_length=128, batch_size=16),
+        Stage("sparse", "sparse", steps=100, sequence_length=128, batch_size=16),
+    ),
+    optimizer=OptimizerConfig(clip_norm=1.0),
+    learning_rate=LearningRate(peak=8e-3, floor=4e-4, warmup_steps=20, decay_start=0.6),
+    losses=LossWeights(bias_speed=0.02),
+    cadence=Cadence(checkpoint_every=200, keep=1, eval_every=100, eval_batch_size=16, recall_rows=64),
+)

@@ -1,0 +1,41 @@
+"""Pictures of a synthetic task: accuracy by distance, and by phase with the worst beside the mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.plots import BLUE, GREEN, GREY, ORANGE, RED
+
+
+def draw_task(summary: dict[str, Any], window: int, path: Any) -> None:
+    """Two panels from a run's summary: bars by distance, and by phase of the far questions, with the chance line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _bars(left, summary["task_by_distance"], summary["task_chance"], "{}+")
+    left.set_xlabel(f"distance in tokens (window {window}, all windows together {summary['window_reach']})")
+    left.set_title("By distance", loc="left", fontweight="bold", fontsize=11)
+    if phases := summary.get("task_by_phase"):
+        _bars(right, phases, summary["task_chance"], "{}")
+        right.axhline(summary["task_far"], color=BLUE, linewidth=1.2, label=f"mean  {summary['task_far']:.0%}")
+        worst = summary["task_worst_phase"]
+        right.axhline(worst, color=ORANGE, linewidth=1.2, linestyle=":", label=f"worst  {worst:.0%}")
+        right.set_xlabel("place of the needle modulo the compression ratio")
+        right.set_title(f"Beyond {summary['far']} tokens, by phase", loc="left", fontweight="bold", fontsize=11)
+        right.legend(frameon=False, fontsize=8.5, loc="lower right")
+    else:
+        right.remove()
+    figure.savefig(path, dpi=160)
+
+
+def _bars(axis: Any, values: dict[int, float], chance: float, form: str) -> None:
+    drawn = axis.bar([form.format(name) for name in values], list(values.values()), color=GREEN, width=0.6)
+    axis.bar_label(drawn, fmt=lambda value: f"{value:.0%}", fontsize=8.5)
+    axis.axhline(chance, color=RED, linestyle="--", linewidth=1.2)
+    axis.text(
+        0.995, chance + 0.012, f"chance {chance:.0%}", transform=axis.get_yaxis_transform(), ha="right", color=RED
+    )
+    axis.set(ylabel="accuracy", ylim=(0, 1.1))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(colors=GREY, labelcolor="black")

@@ -14,6 +14,9 @@ from dsv4_jax.config import CSA, HCA, SLIDING, AttentionKind
 from dsv4_jax.presets import article_plan
 from train.recipe import Recipe
 
+Layer = tuple[AttentionKind, int]
+"""Kind of attention and compression ratio."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -59,15 +62,15 @@ def variants(recipe: Recipe) -> dict[str, Variant]:
 
 def without(recipe: Recipe, *kinds: AttentionKind) -> Recipe:
     """Layers of these kinds become sliding layers. Without CSA there is no indexer, so nothing is warmed up."""
-    plan = [(SLIDING, 0) if spec.attention in kinds else (spec.attention, spec.ratio) for spec in _specs(recipe)]
+    plan: list[Layer] = [(SLIDING, 0) if kind in kinds else (kind, ratio) for kind, ratio in _plan(recipe)]
     changed = _with_plan(recipe, plan)
     return changed if changed.model.config.has_indexer else dense_only(changed)
 
 
 def dense_only(recipe: Recipe) -> Recipe:
-    """Dense attention in every stage; stages that train the indexer alone are gone, the others keep their steps."""
-    stages = [stage for stage in recipe.stages if stage.kind != "indexer_warmup"]
-    return dataclasses.replace(recipe, stages=tuple(dataclasses.replace(stage, kind="dense") for stage in stages))
+    """Dense attention in every stage, on the same rows; the steps that would warm an indexer up train the model."""
+    stages = tuple(dataclasses.replace(stage, kind="dense") for stage in recipe.stages)
+    return dataclasses.replace(recipe, stages=stages)
 
 
 def with_offset(recipe: Recipe, offset: int) -> Recipe:
@@ -86,7 +89,7 @@ def with_ratio(kind: AttentionKind, ratio: int) -> Callable[[Recipe], Recipe]:
     """Layers of a kind compress by `ratio`."""
 
     def change(recipe: Recipe) -> Recipe:
-        plan = [(spec.attention, ratio if spec.attention == kind else spec.ratio) for spec in _specs(recipe)]
+        plan: list[Layer] = [(own, ratio if own == kind else before) for own, before in _plan(recipe)]
         return _with_plan(recipe, plan)
 
     return change
@@ -94,22 +97,21 @@ def with_ratio(kind: AttentionKind, ratio: int) -> Callable[[Recipe], Recipe]:
 
 def with_plan(recipe: Recipe, csa_per_hca: int) -> Recipe:
     """The article's plan at the depth that it needs: the sliding layers, `csa_per_hca` CSA layers and one HCA layer."""
-    config = recipe.model.config
-    ratios = {spec.attention: spec.ratio for spec in config.layers}
-    sliding = [SLIDING] * config.layer_types[: config.num_hidden_layers].count(SLIDING)
-    kinds = [*sliding, *[CSA] * csa_per_hca, HCA]
-    planned = article_plan(_with_plan(recipe, [(kind, ratios[kind]) for kind in kinds]).model.config, csa_per_hca)
+    ratios = dict(_plan(recipe))
+    sliding = [kind for kind, _ in _plan(recipe) if kind == SLIDING]
+    sparse: list[AttentionKind] = [CSA] * csa_per_hca
+    deep = _with_plan(recipe, [(kind, ratios[kind]) for kind in (*sliding, *sparse, HCA)])
+    planned = article_plan(deep.model.config, csa_per_hca)
     return _with_plan(recipe, [(spec.attention, spec.ratio) for spec in planned.layers])
 
 
-def _specs(recipe: Recipe) -> Sequence[Any]:
-    return recipe.model.config.layers
+def _plan(recipe: Recipe) -> list[Layer]:
+    return [(spec.attention, spec.ratio) for spec in recipe.model.config.layers]
 
 
-def _with_plan(recipe: Recipe, plan: Sequence[tuple[AttentionKind, int]]) -> Recipe:
+def _with_plan(recipe: Recipe, plan: Sequence[Layer]) -> Recipe:
     """The recipe with these layers; routing by hash stays in the first blocks."""
-    config = recipe.model.config
-    modules = tuple((spec.attention, spec.ratio) for spec in config.mtp_layers)
+    modules = [(spec.attention, spec.ratio) for spec in recipe.model.config.mtp_layers]
     kinds, ratios = zip(*plan, *modules, strict=True)
     return _with_model(recipe, num_hidden_layers=len(plan), compress_ratios=ratios, layer_types=kinds)
 

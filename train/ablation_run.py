@@ -52,12 +52,12 @@ def ablate(
     jobs = [(variant, seed) for seed in range(recipe.seed, recipe.seed + seeds) for variant in chosen]
     recipes = {(v.name, seed): _named(v, v.change(dataclasses.replace(base, seed=seed))) for v, seed in jobs}
     _check(base, recipes, root)
-    began, done = time.perf_counter(), 0
+    began, done, compiled = time.perf_counter(), 0, {}
     left = [job for job in jobs if not _finished(root, *job)]
     say(f"{len(jobs)} runs in {root}: {len(jobs) - len(left)} are finished")
     for variant, seed in left:
         say(f"\n[{len(jobs) - len(left) + done + 1} of {len(jobs)}] {variant.name}, seed {seed}: {variant.about}")
-        train(recipes[variant.name, seed], _folder(root, variant, seed))
+        train(recipes[variant.name, seed], _folder(root, variant, seed), compiled=compiled)
         done += 1
         spent = time.perf_counter() - began
         say(f"{spent / 60:.0f} minutes so far, about {spent / done * (len(left) - done) / 60:.0f} left")
@@ -78,11 +78,11 @@ def write_report(recipe: Recipe, results: Sequence[Result], root: Path) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """Markdown: mean over seeds, lowest to highest in brackets; the worst phase is each run's own."""
-    rows = [("variant", "what differs", "parameters", "all", "far", "worst phase", "seeds")]
+    rows = [["variant", "what differs", "parameters", "all", "far", "worst phase", "seeds"]]
     for result in results:
         runs = result["runs"]
-        cells = (_spread(runs, name) for name in ("task_accuracy", "task_far", "task_worst_phase"))
-        rows.append((result["variant"], result["about"], f"{result['parameters']:,}", *cells, str(len(runs))))
+        cells = [_spread(runs, name) for name in ("task_accuracy", "task_far", "task_worst_phase")]
+        rows.append([result["variant"], result["about"], f"{result['parameters']:,}", *cells, str(len(runs))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

@@ -37,7 +37,12 @@ from train.task_report import measure_task
 
 
 def train(
-    recipe: Recipe, out: str | Path, *, cache: str | Path | None = None, partition: Partition = ALONE
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    cache: str | Path | None = None,
+    partition: Partition = ALONE,
+    compiled: dict[Any, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe to its end, from the newest good checkpoint in `out` if the folder holds this very run.
 
@@ -46,6 +51,7 @@ def train(
         out: the run folder.
         cache: where token files are kept; the user's cache folder by default.
         partition: how the run lies on devices (`train.placement.place`).
+        compiled: programs that runs on the same devices share, a dictionary that is empty at first.
 
     Returns:
         The summary that is also written to `summary.json`.
@@ -56,7 +62,7 @@ def train(
     config = recipe.check()
     folder = RunFolder(out)
     resuming = from_first(lambda: folder.check(recipe))
-    run = Run(recipe, config, folder, partition)
+    run = Run(recipe, config, folder, partition, compiled)
     for stage in recipe.stages:
         run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):
@@ -137,6 +143,7 @@ class Run:
     config: DeepseekV4Config
     folder: RunFolder
     partition: Partition = ALONE
+    compiled: dict[Any, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     say: Callable[..., None] = print
 
@@ -172,17 +179,19 @@ class Evaluators:
     def __init__(self, run: Run, store: Source):
         """Compiles nothing yet."""
         self.run, self.store = run, store
-        self._made: dict[int, Evaluator] = {}
+        self._made: dict[Any, Evaluator] = {}
+        if run.compiled is not None and run.recipe.data.task is not None:  # of a task, it holds nothing of the run
+            self._made = run.compiled
 
     def at(self, length: int) -> Evaluator:
         """For rows of `length` tokens."""
-        if length not in self._made:
-            rows = self.run.recipe.cadence.eval_batch_size
-            plan = self.run.plan
-            self._made[length] = Evaluator(
+        rows, plan = self.run.recipe.cadence.eval_batch_size, self.run.plan
+        key = ("evaluator", self.run.config, plan.precision, length, rows)
+        if key not in self._made:
+            self._made[key] = Evaluator(
                 self.run.config, self.store, length, rows, plan.forward(), plan.placement, plan.rounded
             )
-        return self._made[length]
+        return self._made[key]
 
     def measure(self, params: Any, stage: Stage) -> dict[str, float]:
         """The metrics of an evaluation between steps: few documents or rows, the attention of the stage."""

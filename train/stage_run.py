@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from train.interruptions import RunLog, Terminated, Termination
 from train.losses import learned_blocks
 from train.metrics import Meter, Progress
 from train.placement import STEP_READS
-from train.recipe import Stage
+from train.recipe import Recipe, Stage
 from train.run_data import masks_loss
 from train.stability import Spike, Watch
 from train.state import TrainState
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Programs:
-    """The compiled programs of the stage that runs; they outlive a rollback within the stage."""
+    """The compiled programs of the stage that runs; they outlive a rollback, and the run where several share them."""
 
     shared: Run
-    _made: dict[str, Any] = field(default_factory=dict)
+    _made: dict[Any, Any] = field(default_factory=dict)
     _stage: str = ""
 
     def step(self, stage: Stage, state: TrainState) -> Callable[..., Any]:
@@ -71,16 +71,25 @@ class Programs:
         return dict.fromkeys(names, shape)
 
     def _compiled(self, name: str, stage: Stage, jitted: Any, state: Any, more: dict[str, Any]) -> Callable[..., Any]:
-        if stage.name != self._stage:
+        if self.shared.compiled is None and stage.name != self._stage:
             self._stage, self._made = stage.name, {}
-        if name not in self._made:
+        made = self._made if self.shared.compiled is None else self.shared.compiled
+        key = (name, program_of(self.shared.recipe, stage))
+        if key not in made:
             shape = f"{stage.batch_size} x {stage.sequence_length} tokens ({stage.kind})"
             self.shared.say(f"compiling the {stage.name} {name}: {shape} ...")
             began = time.perf_counter()
             with self.shared.phase("compilation"):
-                self._made[name] = jitted.lower(_abstract(state), self.batch_shape(stage) | more).compile()
+                made[key] = jitted.lower(_abstract(state), self.batch_shape(stage) | more).compile()
             self.shared.say(f"compiled in {time.perf_counter() - began:.1f} s")
-        return self._made[name]
+        return made[key]
+
+
+def program_of(recipe: Recipe, stage: Stage) -> Hashable:
+    """What the programs of a stage depend on: equal for runs that differ in seed or data alone."""
+    numbers = recipe.learning_rate, recipe.steps, recipe.optimizer, recipe.losses, recipe.precision
+    shape = stage.kind, stage.sequence_length, stage.batch_size, stage.microbatches
+    return recipe.model.config, numbers, shape, masks_loss(recipe)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from train.data.tasks.score import distance_edges, window_reach
-from train.evaluate import Evaluator
+from train.evaluate import Attention, Evaluator
 from train.recipe import Stage
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ MEASURES = ("task_accuracy", "task_far", "task_worst_phase", "task_by_distance",
 
 
 def measure_task(
-    run: Run, params: Any, evaluator: Evaluator, stage: Stage, rows: int, attention: str | None = None
+    run: Run, params: Any, evaluator: Evaluator, stage: Stage, rows: int, attention: Attention | None = None
 ) -> dict[str, Any]:
     """The task at the length and with the attention of a stage.
 

@@ -87,6 +87,35 @@ def test_targets_stay_inside_their_document():
         np.testing.assert_array_equal(targets[0, : 8 - shift], tokens[0, shift:])
 
 
+def test_a_loss_mask_leaves_the_chosen_targets_only():
+    """Means over the targets whose own token is marked, whatever the model says elsewhere."""
+    rng, batch = np.random.default_rng(0), packed_batch()
+    hidden, mtp_hidden = rng.normal(size=(2, *batch["tokens"].shape, TINY.hidden_size)).astype(np.float32)
+    mask = (rng.random(batch["tokens"].shape) < 0.3).astype(np.int32)
+    layer = {"load": jnp.ones(6), "hc_errors": jnp.zeros(2), "balance": jnp.zeros(())}
+    out = model.Output(None, jnp.asarray(hidden), jnp.asarray(mtp_hidden), [layer] * 4, jnp.zeros(()), None)
+    params = {"head": jnp.asarray(rng.normal(size=(TINY.hidden_size, TINY.vocab_size)), jnp.float32)}
+
+    def parts(batch):
+        totals = batch_totals(TINY, batch)
+        return training_loss(TINY, params, batch, totals, OBJECTIVES["dense"], WEIGHTS, 0.25, lambda *_, **__: out)[1]
+
+    tokens, segments = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"])
+    masked, unmasked = parts(batch | {"loss_mask": jnp.asarray(mask)}), parts(batch)
+    for name, states, shift in (("ce", hidden, 1), ("mtp", mtp_hidden, 2)):
+        logits = states.astype(np.float64) @ np.asarray(params["head"], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats = [
+            -log_p[b, t, tokens[b, t + shift]]
+            for b, t in np.ndindex(tokens.shape)
+            if t + shift < tokens.shape[1] and segments[b, t] and len(set(segments[b, t : t + shift + 1])) == 1
+            if mask[b, t + shift]
+        ]
+        assert 5 < len(nats) < tokens.size / 2
+        assert masked[name] == pytest.approx(np.mean(nats), rel=1e-5) and masked[name] != unmasked[name]
+    assert parts(batch | {"loss_mask": jnp.zeros_like(mask)})["ce"] == 0
+
+
 def packed_batch(rows=2, length=40):
     rng = np.random.default_rng(3)
     segments = np.repeat([[1, 2, 3, 0]], [13, 7, 16, 4], axis=1).repeat(rows, 0)

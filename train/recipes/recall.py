@@ -1,16 +1,19 @@
 """Recall beyond the window: a small V4 learns multi-query associative recall on two CPU cores, in minutes."""
 
+from dsv4_jax.config import CSA, HCA
 from train.losses import LossWeights
 from train.optimizer import OptimizerConfig
 from train.recipe import Cadence, DataChoice, LearningRate, ModelChoice, Recipe, Stage, TaskChoice
 
+# One pair in eight tokens: an entry of CSA holds one pair or two, an entry of HCA four.
+TASK = {"n_pairs": 4, "n_keys": 16, "n_values": 16, "spacing": 8, "offset": 32}
 MODEL = {
-    "vocab_size": 96,
+    "vocab_size": 64,
     "hidden_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_nextn_predict_layers": 0,
-    "compress_ratios": (0, 4, 16),
-    "layer_types": ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
+    "compress_ratios": (4, 32),
+    "layer_types": (CSA, HCA),
     "num_hash_layers": 0,
     "num_attention_heads": 2,
     "head_dim": 32,
@@ -25,6 +28,7 @@ MODEL = {
     "n_routed_experts": 4,
     "moe_intermediate_size": 32,
     "hc_mult": 2,
+    "hc_sinkhorn_iters": 3,
     "rope_scaling": None,
 }
 
@@ -32,16 +36,14 @@ RECIPE = Recipe(
     name="recall",
     about="minutes on 2 CPU cores; multi-query associative recall beyond the window",
     model=ModelChoice("nano", MODEL),
-    data=DataChoice(
-        task=TaskChoice("mqar", {"n_pairs": 8, "n_keys": 32, "n_values": 32, "offset": 16}),
-    ),
+    data=DataChoice(task=TaskChoice("mqar", TASK)),
     stages=(
-        Stage("dense", "dense", steps=400, sequence_length=128, batch_size=16),
+        Stage("dense", "dense", steps=240, sequence_length=128, batch_size=16),
         Stage("indexer", "indexer_warmup", steps=20, sequence_length=128, batch_size=16),
-        Stage("sparse", "sparse", steps=100, sequence_length=128, batch_size=16),
+        Stage("sparse", "sparse", steps=60, sequence_length=128, batch_size=16),
     ),
     optimizer=OptimizerConfig(clip_norm=1.0),
-    learning_rate=LearningRate(peak=8e-3, floor=4e-4, warmup_steps=20, decay_start=0.6),
+    learning_rate=LearningRate(peak=1e-2, floor=5e-4, warmup_steps=20, decay_start=0.6),
     losses=LossWeights(bias_speed=0.02),
     cadence=Cadence(checkpoint_every=200, keep=1, eval_every=100, eval_batch_size=16, recall_rows=64),
 )

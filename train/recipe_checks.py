@@ -56,6 +56,8 @@ def number_problems(recipe: Recipe) -> list[str]:
     problems = []
     if not 0 < recipe.learning_rate.decay_start < 1:
         problems.append(f"learning_rate.decay_start is a share of the run, not {recipe.learning_rate.decay_start}")
+    if not 0 <= recipe.data.fim_rate <= 1:
+        problems.append(f"data.fim_rate is {recipe.data.fim_rate}; it must lie in [0, 1]")
     if not 0 <= recipe.data.recall_share < 1:
         problems.append(f"data.recall_share is {recipe.data.recall_share}; it must lie in [0, 1)")
     distance, window = recipe.data.recall_distance, recipe.model.config.sliding_window

@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ from dsv4_jax.checkpoint.files import DTYPES, CheckpointError, Entry, Reader, li
 from dsv4_jax.checkpoint.huggingface import find_sources, read_config
 from dsv4_jax.checkpoint.names import SCHEMES, Scheme, Stored, scale_names, tensors_of_scheme
 from dsv4_jax.checkpoint.parts import FolderParts, Parts, TreeParts
-from dsv4_jax.checkpoint.storage import FLOAT_NAMES, Format, Spec, as_released, quantisation_of
+from dsv4_jax.checkpoint.storage import FLOAT_NAMES, Format, Quantise, Spec, quantisation_of, stored_as
 from dsv4_jax.checkpoint.writing import plan_files, write_files
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import read_json, to_released_json, to_transformers_json
@@ -29,7 +29,6 @@ from dsv4_jax.quantization.formats import NAN_SCALE, quantise_fp4, quantise_fp8_
 from dsv4_jax.shapes import flatten, is_table, tree_shapes
 
 log = logging.getLogger(__name__)
-Quantise = Literal["none", "release"]
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "vocab.json")
 FILE_BYTES = 5 << 30
 UNEVEN = (
@@ -55,8 +54,9 @@ def save(
         config: the architecture of `params`.
         params: the tree, of numpy or JAX arrays.
         scheme: "released", or "transformers", which has no MTP module: it is left out with a message.
-        quantise: "none", or "release": FP8 and, unless `config` is of a base model, FP4 experts, the rest BF16.
-            transformers 5.23 undoes this without a GPU only for experts under released names.
+        quantise: "none"; "v4", FP8 with FP4 experts and the rest BF16; "fp8", with FP8 experts, as the base models are;
+            "release", what `config` says, "v4" where it says nothing. transformers 5.23 undoes this without a GPU only
+            for experts under released names.
         tokenizer: a `Tokenizer`, or a folder whose tokenizer files are copied.
         max_file_bytes: larger models are split into files with an index.
 
@@ -124,18 +124,13 @@ class _Export:
     """What will be written, under which names and in which formats."""
 
     def __init__(self, config: DeepseekV4Config, parts: Parts, scheme: Scheme, quantise: Quantise):
-        for value, known, what in ((scheme, SCHEMES, "naming scheme"), (quantise, ("none", "release"), "quantisation")):
-            if value not in known:
-                raise CheckpointError(f"there is no {what} {value!r}: one of {', '.join(known)}")
+        if scheme not in SCHEMES:
+            raise CheckpointError(f"there is no naming scheme {scheme!r}: one of {', '.join(SCHEMES)}")
         self.parts, self.scheme = parts, scheme
         self.tensors = tensors_of_scheme(config, scheme)
         self.floats = None if quantise == "none" else "BF16"
-        settings = as_released(config) if quantise == "release" else None
-        self.config = config.replace(
-            quantization_config=settings and settings.quantization_config,
-            expert_dtype=settings and settings.expert_dtype,
-            torch_dtype=_float_name(self.floats or self._floats_of(next(iter(self.tensors.values())))),
-        )
+        floats = self.floats or self._floats_of(next(iter(self.tensors.values())))
+        self.config = stored_as(config, quantise).replace(torch_dtype=_float_name(floats))
         self.quantisation = quantisation_of(self.config)
         self._settings: dict[str, Any] = {}
         self._copies: dict[str, Entry] = {}

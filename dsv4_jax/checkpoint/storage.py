@@ -10,9 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from dsv4_jax.checkpoint.files import BITS
+from dsv4_jax.checkpoint.files import BITS, CheckpointError
 from dsv4_jax.checkpoint.names import Scheme, Stored, scale_names, tensors_of_scheme
 from dsv4_jax.config import ConfigError, DeepseekV4Config
 from dsv4_jax.presets import preset
@@ -20,6 +20,9 @@ from dsv4_jax.quantization.formats import FP4_BLOCK, TILE
 from dsv4_jax.shapes import Shape, is_table, keeps_float32
 
 Format = Literal["plain", "fp8", "fp4"]
+Quantise = Literal["none", "release", "v4", "fp8"]
+"""What a checkpoint is written as: plain, or quantised as its own config says (by default as "v4"), as the FP4 releases
+are, or as the base models, whose experts are FP8 too."""
 FLOAT_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DENSE_FP8 = tuple(f"attn/{name}" for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "indexer/wq_b"))
 DENSE_FP8 += tuple(f"ffn/shared_experts/{name}" for name in ("w1", "w2", "w3"))
@@ -102,12 +105,23 @@ def quantisation_of(config: DeepseekV4Config) -> Quantisation:
     return Quantisation("fp8", "fp4" if experts == "fp4" else "fp8", tile)
 
 
-def as_released(config: DeepseekV4Config) -> DeepseekV4Config:
-    """`config` with its own quantisation settings, or the release's when it has none."""
-    if config.quantization_config:
-        return config
+def stored_as(config: DeepseekV4Config, quantise: Quantise) -> DeepseekV4Config:
+    """`config` with the quantisation settings of a checkpoint that is written so.
+
+    Raises:
+        CheckpointError: for an unknown `quantise`.
+    """
+    if quantise not in get_args(Quantise):
+        raise CheckpointError(f"there is no quantisation {quantise!r}: one of {', '.join(get_args(Quantise))}")
+    if quantise == "none":
+        return config.replace(quantization_config=None, expert_dtype=None)
     released = preset("v4-flash")
-    return config.replace(quantization_config=released.quantization_config, expert_dtype=released.expert_dtype)
+    if not config.quantization_config:
+        config = config.replace(quantization_config=released.quantization_config, expert_dtype=released.expert_dtype)
+    if quantise == "release":
+        return config
+    settings = {key: value for key, value in (config.quantization_config or {}).items() if key != "expert_dtype"}
+    return config.replace(quantization_config=settings, expert_dtype="fp4" if quantise == "v4" else None)
 
 
 def inventory(config: DeepseekV4Config, scheme: Scheme | Literal["mix"] = "released") -> dict[str, Spec]:

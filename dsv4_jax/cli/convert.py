@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dsv4_jax.checkpoint.names import Scheme
-from dsv4_jax.checkpoint.storage import as_released, count_dtypes, inventory, total_bytes
+from dsv4_jax.checkpoint.storage import Quantise, count_dtypes, inventory, stored_as, total_bytes
 from dsv4_jax.cli.info import find_config, short
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import has_dspark, read_json
@@ -23,6 +23,7 @@ Examples:
   dsv4 convert runs/nano exported
   dsv4 convert runs/nano exported --scheme transformers --dtype bfloat16
   dsv4 convert path/to/release plain --dtype bfloat16
+  dsv4 convert runs/nano release --quantize v4
   dsv4 convert path/to/finetuned release --quantise release
   dsv4 convert --dry-run v4-flash
   dsv4 convert --dry-run v4-pro --against model.safetensors.index.json"""
@@ -38,8 +39,9 @@ class Convert:
     """The folder to write; it must not hold a model yet."""
     scheme: Scheme = "released"
     """Names of the tensors."""
-    quantise: Literal["none", "release"] = "none"
-    """release: matrices in FP8, routed experts in FP4 (FP8 for a base model), the rest in bfloat16."""
+    quantise: Annotated[Quantise, tyro.conf.arg(aliases=["--quantize"])] = "none"
+    """v4: matrices in FP8, routed experts in FP4, the rest in bfloat16; fp8: experts in FP8 too, as in base models;
+    release: as the source's config.json says, v4 where it says nothing."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of what is not quantised; by default as it is, and torch_dtype for what was quantised."""
     step: int | None = None
@@ -70,7 +72,7 @@ def dry_run(asked: Convert) -> None:
         UserError: when it differs, with what is missing, extra and misshapen.
     """
     config = find_config(asked.checkpoint)
-    config = as_released(config) if asked.quantise == "release" else config
+    config = config if asked.quantise == "none" else stored_as(config, asked.quantise)
     config = config.replace(torch_dtype=asked.dtype) if asked.dtype else config
     if asked.against is not None:
         return _compare(

@@ -51,6 +51,21 @@ def test_a_dry_run_of_a_small_model_can_be_quantised_or_plain(capsys):
     assert "model.layers.0.mlp.experts.gate_up_proj_scale_inv  F8_E8M0 [8, 192, 6]" in out
 
 
+def test_the_formats_of_a_policy_can_be_asked_for_in_both_spellings(tmp_path, capsys):
+    assert main(["convert", "--dry-run", "v4-flash", "--quantize", "v4"]) == 0
+    assert tuple(capsys.readouterr().out.splitlines()[-2:]) == PUBLISHED["v4-flash"]
+    assert main(["convert", "--dry-run", "v4-flash", "--quantise", "fp8"]) == 0  # a base model
+    assert "layers.2.ffn.experts.7.w1.weight  F8_E4M3 [2048, 4096]" in capsys.readouterr().out
+    assert main(["convert", str(FIXTURE), str(tmp_path / "v4"), "--quantize", "v4"]) == 0
+    assert main(["convert", str(tmp_path / "v4"), str(tmp_path / "fp8"), "--quantize", "fp8"]) == 0
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("v4", "fp8")]
+    assert [config.get("expert_dtype") for config in configs] == ["fp4", None]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    before, after = (flatten(dsv4.load(tmp_path / name).params) for name in ("v4", "fp8"))
+    for path, leaf in before.items():  # experts in FP4 are experts in FP8: their scales lie near one another
+        np.testing.assert_array_equal(leaf, after[path])
+
+
 @pytest.fixture
 def shards(tmp_path):
     """A model in several files with an index."""

@@ -32,7 +32,7 @@ def blocks_of(n, block):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "block"), [(128, 64), (48, 64), (75, 32)])
+@pytest.mark.parametrize(("n", "block"), [(128, 64), (48, 64), (75, 32), (300, 128)])
 def test_fp8_blocks_are_what_ml_dtypes_rounds_under_the_smallest_scale(kind, n, block):
     x = hard_numbers((7, n))
     values, scales = formats.quantise_fp8(kind(x), block)
@@ -98,6 +98,48 @@ def test_every_code_of_e2m1_is_its_number(kind):
     for packed in (codes, codes.view(np.int8)):
         found = np.asarray(formats.unpack_fp4(kind(packed[:, None])))
         assert found.tobytes() == expected.tobytes()  # bytes: -0 is not 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_of_e4m3_under_every_scale_is_what_ml_dtypes_says(kind):
+    codes, scales = np.arange(256, dtype=np.uint8), np.arange(1, 255, dtype=np.uint8)
+    numbers = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    expected = numbers * scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)[:, None]
+    values = np.broadcast_to(codes, (254, 256)).copy().view(ml_dtypes.float8_e4m3fn)
+    normal = ~(np.abs(expected) < 2.0**-126) | (expected == 0)  # JAX on this processor has no denormals
+    with np.errstate(over="ignore"):
+        found = formats.dequantise_fp8(kind(values), kind(scales[:, None].view(ml_dtypes.float8_e8m0fnu)), 256)
+        np.testing.assert_array_equal(np.asarray(found)[normal], expected.astype(np.float32)[normal])
+    np.testing.assert_array_equal(np.signbit(found)[normal], np.signbit(expected)[normal])
+    assert normal.mean() > 0.98
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_finite_bfloat16_alone_in_its_block_is_what_ml_dtypes_casts(kind):
+    x = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    x = x[np.isfinite(x) & ((np.abs(x) >= 2.0**-126) | (x == 0))]
+    for dtype, largest, quantise in (
+        (ml_dtypes.float8_e4m3fn, 448, lambda x: formats.quantise_fp8(x, 1)),
+        (ml_dtypes.float4_e2m1fn, 6, lambda x: formats.quantise_fp4(x, 2)),
+    ):
+        values, scales = quantise(kind(x[:, None] if largest == 448 else np.stack([x, -x], -1)))
+        fraction, exponent = np.frexp(np.abs(np.float64(x)) / largest)
+        power = np.maximum(np.where(fraction == 0.5, exponent - 1, exponent), -126)  # ceil(log2)
+        np.testing.assert_array_equal(np.asarray(scales).view(np.uint8)[:, 0], np.where(x == 0, 1, power + 127))
+        expected = (np.float64(x) / 2.0**power).astype(np.float32).astype(dtype).view(np.uint8)
+        codes = np.asarray(values).view(np.uint8)[:, 0]
+        if largest == 6:
+            np.testing.assert_array_equal(codes >> 4, (codes & 15) ^ 8)  # the second is the first's negative
+            codes, expected = codes & 15, expected & 15
+        np.testing.assert_array_equal(codes, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_scale_byte_is_its_power_of_two(kind):
+    bytes_ = np.arange(256, dtype=np.uint8)
+    found = np.asarray(formats.scales_as_float(kind(bytes_.view(ml_dtypes.float8_e8m0fnu))))
+    np.testing.assert_array_equal(found[1:255], 2.0 ** (bytes_[1:255].astype(np.float64) - 127))
+    assert np.isnan(found[255]) and found[0] in (0, np.float32(2.0**-127))
 
 
 @pytest.mark.parametrize("kind", KINDS)

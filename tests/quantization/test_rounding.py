@@ -15,6 +15,7 @@ from dsv4_jax.quantization.formats import (
     fp4_as_fp8,
     quantise_fp4,
     scales_as_float,
+    unpack_fp4,
 )
 from dsv4_jax.quantization.rounding import Rounding
 
@@ -174,6 +175,21 @@ def test_a_tile_whose_scales_lie_too_far_apart_is_told_and_no_other(kind):
     assert np.asarray(fp4_as_fp8(kind(packed), kind(scales))[2]).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_condition_of_losslessness_is_told_tile_by_tile_as_it_is(seed):
+    """Scales of a tile span from 0 to 2^20; where they span at most 2^6 nothing may be lost, elsewhere it may."""
+    rng, tiles = np.random.default_rng(seed), (3, 4)
+    span = rng.integers(0, 21, tiles)
+    powers = rng.integers(-8, 8, tiles)[..., None, None] + (rng.random((*tiles, 128, 4)) * (span + 1)[..., None, None])
+    scales = (np.floor(powers).astype(np.int64).swapaxes(1, 2).reshape(384, 16) + 127).astype(np.uint8).view(SCALE)
+    packed = rng.integers(0, 256, (384, 256)).astype(np.uint8)
+    values, tile_scales, lossless = fp4_as_fp8(packed, scales)
+    same = dequantise_fp8_tiles(values, tile_scales) == dequantise_fp4(packed, scales)
+    same = same.reshape(3, 128, 4, 128).all((1, 3))
+    np.testing.assert_array_equal(lossless, same)
+    assert lossless[span <= 6].all() and not lossless.all() and lossless.any()
+
+
 def test_blocks_of_zeros_bind_no_tile():
     x = np.random.default_rng(5).standard_normal((128, 256)).astype(np.float32)
     x[:, 32:64] = 0
@@ -188,16 +204,33 @@ def test_blocks_of_zeros_bind_no_tile():
 
 
 @pytest.mark.reference
-def test_torch_rounds_the_same():
+@pytest.mark.parametrize("tile", [(1, 32), (1, 64), (1, 128), TILE], ids=str)
+def test_torch_rounds_the_same(tile):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(6)
-    x = (rng.standard_normal((64, 512)) * 2.0 ** rng.integers(-12, 12, (64, 1))).astype(np.float32)
+    x = (rng.standard_normal((256, 512)) * 2.0 ** rng.integers(-12, 12, (256, 1))).astype(np.float32)
     x[3], x[4, :] = 0, 1e-6
-    blocks = torch.from_numpy(x).reshape(64, 4, 128)
-    amax = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-4)
+    blocks = torch.from_numpy(x).reshape(256 // tile[0], tile[0], 512 // tile[1], tile[1])
+    amax = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-4)
     scales = torch.exp2(torch.ceil(torch.log2(amax.double() / 448))).float().to(torch.float8_e8m0fnu)
     theirs = (blocks / scales.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scales.float()
-    np.testing.assert_array_equal(Rounding("fp8", (1, *TILE[1:]))(x), theirs.reshape(64, 512).numpy())
+    np.testing.assert_array_equal(Rounding("fp8", tile)(x), theirs.reshape(256, 512).numpy())
+
+
+@pytest.mark.reference
+def test_torch_means_the_same_by_every_byte():
+    """Torch has no cast of its FP4: transformers, which reads FP4 releases, has a table."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    codes, theirs = np.arange(256, dtype=np.uint8), torch.arange(256, dtype=torch.uint8)
+    numbers = theirs.view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(codes.view(FP8).astype(np.float32), numbers)
+    scales = theirs.view(torch.float8_e8m0fnu).float().numpy()
+    np.testing.assert_array_equal(scales_as_float(codes.view(SCALE)), scales)
+    undo = transformers.Fp8Dequantize.__new__(transformers.Fp8Dequantize)
+    for dtype in (torch.int8, torch.float4_e2m1fn_x2):
+        pairs = undo._unpack_fp4(theirs[:, None].view(dtype).view(torch.int8)).numpy()
+        np.testing.assert_array_equal(bits(unpack_fp4(codes[:, None])), bits(pairs))
 
 
 @pytest.mark.reference

@@ -15,6 +15,7 @@ _FACE = {
     "create": "dsv4_jax.api",
     "load": "dsv4_jax.api",
     "forward": "dsv4_jax.model",
+    "trace": "dsv4_jax.analysis.trace",
     "Output": "dsv4_jax.model",
     "preset": "dsv4_jax.presets",
     "article_plan": "dsv4_jax.presets",

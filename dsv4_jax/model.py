@@ -22,6 +22,7 @@ from dsv4_jax.layers.layout import Past, make_cached_layout, make_layout
 from dsv4_jax.layers.moe import MoE
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
+from dsv4_jax.observer import NOBODY, Observer, Passed
 from dsv4_jax.partition import ALONE, Partition
 from dsv4_jax.quantization import policy as precision
 from dsv4_jax.segments import STREAMS, Batch, Options, Params, Record, check_expert_ids, run_segment, trimmed
@@ -60,7 +61,8 @@ class Block(nnx.Module):
             record |= {"layer_out": streams, "attn_out": attn_out, "mlp_out": mlp_out}
             record |= {"expert_ids": routed["expert_ids"]}
             record |= {"selected": seen["selected"]} if "selected" in seen else {}
-        return streams, record, past
+        passed = Passed(self.ffn, x, routed["routing"], (maps, ffn_maps), seen, options)
+        return streams, record | options.attention.observer.block(passed), past
 
 
 class MultiTokenPrediction(nnx.Module):
@@ -147,6 +149,7 @@ def forward(
     unroll: int | bool = 1,
     policy: precision.Policy = precision.NONE,
     partition: Partition = ALONE,
+    observer: Observer = NOBODY,
 ) -> Output:
     """The whole model on tokens [B, S]; pure: jit, differentiate and vmap it freely.
 
@@ -171,10 +174,10 @@ def forward(
         unroll: how many units the layer loop unrolls (True: all).
         policy: rounding by tensor role.
         partition: how arrays lie on devices (`sharding/`); by default on one, or as the compiler finds best.
+        observer: sees what the layers computed with and adds to their records (`analysis/trace.py`).
     """
-    options = Options(
-        AttentionOptions(attention, index_loss, policy), record, keep_all, remat == "block", unroll, partition
-    )
+    asked = AttentionOptions(attention, index_loss, policy, observer)
+    options = Options(asked, record, keep_all, remat == "block", unroll, partition)
     if cache is not None and (mtp or index_loss or segment_ids is not None):
         raise ValueError("a cache holds one document a row, has no index loss, and its MTP module runs by forward_mtp")
     check_expert_ids(config, tokens, mtp and bool(config.mtp_layers), expert_ids)

@@ -120,7 +120,8 @@ def attention(x, p, spec, c, mode="sparse"):
     kv = rope(rms(x @ p["wkv"], p["kv_norm"], eps), angles)
     entries = compress(x, p["compressor"], m, spec.attention == CSA, freqs, eps) if m else np.zeros((0, width))
     scores = index_scores(x, qr, p["indexer"], c, m, freqs) if spec.attention == CSA else None
-    out, seen = np.zeros((len(x), heads, width)), {"selected": [], "kl": [], "recall": []}
+    out, seen = np.zeros((len(x), heads, width)), {"selected": [], "kl": [], "recall": [], "scores": scores}
+    seen["mass"] = []  # of each token (window [H, w], entries [H, n], sink [H])
     for t in range(len(x)):
         visible = np.arange((t + 1) // m if m else 0)
         best = visible if scores is None else visible[np.argsort(-scores[t, visible], kind="stable")[: c.index_topk]]
@@ -128,7 +129,9 @@ def attention(x, p, spec, c, mode="sparse"):
         window = kv[max(0, t + 1 - c.sliding_window) : t + 1]
         keys = np.concatenate([window, entries[chosen]])
         logits = np.concatenate([q[t] @ keys.T * width**-0.5, p["attn_sink"][:, None]], axis=1)
-        probabilities = softmax(logits)[:, :-1]
+        everything = softmax(logits)
+        probabilities = everything[:, :-1]
+        seen["mass"].append((*np.split(probabilities, [len(window)], 1), everything[:, -1]))
         out[t] = rope(probabilities @ keys, -angles[t])
         if scores is not None:
             mass = probabilities[:, len(window) :].sum(0)
@@ -155,19 +158,20 @@ def swiglu(x, p, limit):
 
 
 def moe(x, p, c, tokens):
-    """x [S, D] -> ([S, D], expert ids, scores), token by token and expert by expert."""
+    """x [S, D] -> ([S, D], expert ids, their weights, scores), token by token and expert by expert."""
     scores = np.sqrt(np.logaddexp(0, x @ p["gate"]["weight"]))
     k, out, ids = c.num_experts_per_tok, np.zeros_like(x), np.zeros((len(x), c.num_experts_per_tok), int)
+    weights = np.zeros((len(x), k))
     for t in range(len(x)):
         if "tid2eid" in p["gate"]:
             ids[t] = p["gate"]["tid2eid"][tokens[t]]
         else:
             ids[t] = np.argsort(-(scores[t] + p["gate"]["bias"]), kind="stable")[:k]
-        chosen = scores[t, ids[t]]
-        for e, weight in zip(ids[t], chosen / chosen.sum() * c.routed_scaling_factor, strict=True):
+        weights[t] = scores[t, ids[t]] / scores[t, ids[t]].sum() * c.routed_scaling_factor
+        for e, weight in zip(ids[t], weights[t], strict=True):
             expert = {name: p["experts"][name][e] for name in ("w1", "w2", "w3")}
             out[t] += (weight * swiglu(x[t], expert, c.swiglu_limit)) @ expert["w2"]
-    return out + swiglu(x, p["shared_experts"], c.swiglu_limit) @ p["shared_experts"]["w2"], ids, scores
+    return out + swiglu(x, p["shared_experts"], c.swiglu_limit) @ p["shared_experts"]["w2"], ids, weights, scores
 
 
 def balance_loss(ids, scores, k):
@@ -182,11 +186,13 @@ def block(streams, p, spec, c, tokens, mode):
     x = rms(np.einsum("sn,snd->sd", pre, streams), p["attn_norm"], c.rms_norm_eps)
     attn_out, seen = attention(x, p["attn"], spec, c, mode)
     streams = hyper_write(streams, attn_out, post, comb)
-    pre, post, comb = hyper_maps(streams, p["hc_ffn"], c)
+    seen["maps"] = [(pre, post, comb), hyper_maps(streams, p["hc_ffn"], c)]
+    pre, post, comb = seen["maps"][1]
     x = rms(np.einsum("sn,snd->sd", pre, streams), p["ffn_norm"], c.rms_norm_eps)
-    mlp_out, ids, scores = moe(x, p["ffn"], c, tokens)
+    mlp_out, ids, weights, scores = moe(x, p["ffn"], c, tokens)
     streams = hyper_write(streams, mlp_out, post, comb)
-    seen |= {"layer_out": streams, "attn_out": attn_out, "mlp_out": mlp_out, "expert_ids": ids}
+    seen |= {"layer_out": streams, "attn_out": attn_out, "mlp_out": mlp_out, "expert_ids": ids, "weights": weights}
+    seen["router_scores"] = scores
     return streams, seen | {"balance": balance_loss(ids, scores, c.num_experts_per_tok)}
 
 

@@ -19,6 +19,8 @@ from dsv4_jax.layers.layout import NOBODY, Blocks, Layout, Neighbours
 from dsv4_jax.layers.norm import dense, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
 from dsv4_jax.layers.rotary import Rotation, rotate
+from dsv4_jax.observer import NOBODY as UNOBSERVED
+from dsv4_jax.observer import Attended, Observer
 from dsv4_jax.quantization.policy import Policy
 
 Mode = Literal["dense", "sparse"]
@@ -30,11 +32,13 @@ class AttentionOptions(NamedTuple):
     mode: "sparse" attends the entries that the indexer chooses, "dense" all visible ones.
     index_loss: also compute the indexer's loss, over the entries that are attended.
     policy: the precision policy.
+    observer: sees what the layers computed with.
     """
 
     mode: Mode
     index_loss: bool
     policy: Policy
+    observer: Observer = UNOBSERVED
 
 
 class Attention(nnx.Module):
@@ -91,24 +95,25 @@ class Attention(nnx.Module):
             positions = layout.positions if kv.shape[1] > x.shape[1] else None
             branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale, positions)]
         record: dict[str, Any] = {}
+        entries = choice = operands = None
         blocks = layout.blocks.get(self.spec.ratio)
-        if blocks is None:  # a sliding layer, or a row shorter than one block
-            out, _ = merge(branches, self.attn_sink[...])
-            return self._project(out, head_rope, options.policy), record, past
-        with jax.named_scope("compress"):
-            entries, past = self._compress(x, blocks, options, past, neighbours)
-        choice, operands, past = self._choose(x, qr, rope, blocks, entries, options, past, neighbours, record)
-        with jax.named_scope("compressed"):
-            if choice is None:
-                branches.append(range_attention(q, entries, blocks.lo, blocks.hi, scale))
-            else:
-                branches.append(gather_attention(q, entries, choice, scale))
+        if blocks is not None:  # else a sliding layer, or a row shorter than one block
+            with jax.named_scope("compress"):
+                entries, past = self._compress(x, blocks, options, past, neighbours)
+            choice, operands, past = self._choose(x, qr, rope, blocks, entries, options, past, neighbours, record)
+            with jax.named_scope("compressed"):
+                if choice is None:
+                    branches.append(range_attention(q, entries, blocks.lo, blocks.hi, scale))
+                else:
+                    branches.append(gather_attention(q, entries, choice, scale))
         out, lse = merge(branches, self.attn_sink[...])
-        if options.index_loss and isinstance(operands, IndexOperands) and not isinstance(entries, Pages):
+        if options.index_loss and isinstance(operands, IndexOperands) and isinstance(entries, jax.Array):
             compared = jnp.stack([blocks.lo, blocks.hi], -1) if choice is None else choice
             k = c.index_topk if choice is None else 0
             record["index_loss"] = index_loss(operands, q, entries, lse, compared, scale, k)
-        return self._project(out, head_rope, options.policy), record, past
+        projected = self._project(out, head_rope, options.policy)
+        seen = Attended(self, layout, blocks, q, kv, entries, choice, operands, branches, lse)
+        return projected, record | options.observer.attention(seen), past
 
     def _remember(self, kv: jax.Array, layout: Layout, past: LayerCache | None) -> tuple[jax.Array, LayerCache | None]:
         """Without a cache kv [B, S, K] itself; else the window before it and kv, as stored: [B, W + S, K]."""

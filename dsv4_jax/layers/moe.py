@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
-from dsv4_jax.kernels.grouped_matmul import collect, grouped_matmul, make_groups, spread
+from dsv4_jax.kernels.grouped_matmul import Groups, collect, grouped_matmul, make_groups, spread
 from dsv4_jax.layers.norm import dense
 from dsv4_jax.layers.parameters import buffer, normal, parameter
 from dsv4_jax.partition import ALONE, Partition
@@ -85,10 +85,14 @@ class Experts(nnx.Module):
 
     def routed(self, x: jax.Array, routing: Routing, partition: Partition, policy: Policy) -> jax.Array:
         """The weighted sum of each token's experts: [B, S, D] -> [B, S, D]; no token is dropped."""
-        matrices = Matrices(self.w1[...], self.w3[...], self.w2[...])
-        apply = partial(apply_experts, self.config.swiglu_limit, policy=policy)
+        # A policy of its own: whatever else the given one does at its hooks cannot be done behind a partition.
+        apply = partial(apply_experts, self.config.swiglu_limit, policy=Policy(policy.rounding))
         x = policy("expert_input", x)  # before tokens travel to their experts
-        return partition.experts(apply, matrices, x, routing.expert_ids, routing.weights)
+        return partition.experts(apply, self.matrices(), x, routing.expert_ids, routing.weights)
+
+    def matrices(self) -> Matrices:
+        """The weights of all experts."""
+        return Matrices(self.w1[...], self.w3[...], self.w2[...])
 
 
 class Matrices(NamedTuple):
@@ -124,12 +128,17 @@ def apply_experts(
     if expert_ids.size <= count // 2:
         return _pair_by_pair(limit, experts, x, expert_ids, weights, policy)
     groups = make_groups(expert_ids, count, tile_rows(expert_ids.size, count))
+    hidden = policy("expert_input", hidden_rows(limit, experts, x, weights, groups))
+    return collect(grouped_matmul(hidden, experts.w2, groups), groups)
+
+
+def hidden_rows(limit: float, experts: Matrices, x: jax.Array, weights: jax.Array, groups: Groups) -> jax.Array:
+    """Weighted hidden activations [R, I] of the pairs that `groups` lays out; see `apply_experts`."""
     rows = spread(x, groups)
     gate, up = grouped_matmul(rows, experts.w1, groups), grouped_matmul(rows, experts.w3, groups)
     row_weights = spread_weights(weights, groups.row_of, groups.pair_of)
     hidden = swiglu(gate, up, limit).astype(jnp.float32) * row_weights[:, None]
-    hidden = policy("expert_input", hidden.astype(x.dtype))
-    return collect(grouped_matmul(hidden, experts.w2, groups), groups)
+    return hidden.astype(x.dtype)
 
 
 def _pair_by_pair(
@@ -173,8 +182,8 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """x [B, S, D], token ids [B, S], experts given to a learned router [B, S, k] -> ([B, S, D], record).
 
-        The record holds "expert_ids" [B, S, k], "load" [E] (pairs per expert) and "balance" (the sequence-wise loss),
-        the latter two over the tokens that `counted` [B, S] marks (padding is computed but not counted).
+        The record holds the "routing", "expert_ids" [B, S, k], "load" [E] (pairs per expert) and "balance" (the
+        sequence-wise loss), the latter two over the tokens that `counted` [B, S] marks (padding is not counted).
         """
         with jax.named_scope("route"):
             graph, gate = nnx.split(self.gate)
@@ -183,7 +192,7 @@ class MoE(nnx.Module):
             routing = partition.token_values(route, nnx.to_pure_dict(gate), *each)
         with jax.named_scope("experts"):
             out = self.experts.routed(x, routing, partition, policy) + self.shared_experts.shared(x, policy)
-        return out, balance_record(routing, counted)
+        return out, balance_record(routing, counted) | {"routing": routing}
 
 
 def sqrt_softplus(x: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from train.data.tasks.rows import TaskSource, evaluation_batches
 from train.data.tasks.score import TaskScore
 from train.data.tokens import TokenStore
 from train.losses import LOGIT_ELEMENTS, shifted_targets
-from train.placement import Placement
+from train.placement import STEP_READS, Placement
 
 Attention = Literal["dense", "sparse"]
 Scores = dict[str, jax.Array]
@@ -60,13 +60,17 @@ class Evaluator:
     def heldout(self, params: Any, attention: Attention, documents: int | None = None) -> dict[str, float]:
         """Bits per byte of the (first `documents`) held-out documents, "heldout_bpb"; dense also "index_recall".
 
-        Recall is the share of the dense attention's mass on compressed entries that the indexer's choice would hold.
+        Of conversations it is "heldout_answers" instead, nats per token that the assistant wrote. Recall is the share
+        of the dense attention's mass on compressed entries that the indexer's choice would hold.
         """
         assert isinstance(self.store, TokenStore)
         batches = heldout_batches(self.store, self.seq_len, self.batch_size, documents=documents)
         results = [self._run(params, attention, batch) for batch in batches]
         nats = sum(float(result["nats"]) for result in results)
-        found = {"heldout_bpb": bits_per_byte(nats, len(self.store.heldout_bytes(documents)))}
+        if self.store.answers is None:
+            found = {"heldout_bpb": bits_per_byte(nats, len(self.store.heldout_bytes(documents)))}
+        else:
+            found = {"heldout_answers": nats / max(sum(float(result["scored"]) for result in results), 1.0)}
         return found | _index_recall(results)
 
     def recall(self, params: Any, attention: Attention, task: RecallTask, rows: int) -> RecallScore:
@@ -89,11 +93,12 @@ class Evaluator:
         return score, _index_recall(results)
 
     def _run(self, params: Any, attention: Attention, batch: Batch) -> Scores:
-        return one_at_a_time(self._scores[attention](params, batch["tokens"], batch["segment_ids"]))
+        read = {name: batch[name] for name in STEP_READS if name in batch}
+        return one_at_a_time(self._scores[attention](params, read))
 
-    def _placed_scores(self, attention: Attention, params: Any, tokens: jax.Array, segment_ids: jax.Array) -> Scores:
+    def _placed_scores(self, attention: Attention, params: Any, batch: dict[str, jax.Array]) -> Scores:
         params = self.placement.computing(self._rounded(params))
-        return scores(self.config, self._forward, attention, params, tokens, segment_ids, self.placement.partition)
+        return scores(self.config, self._forward, attention, params, batch, self.placement.partition)
 
 
 def _index_recall(results: Sequence[Scores]) -> dict[str, float]:
@@ -109,18 +114,18 @@ def scores(
     forward: Callable[..., model.Output],
     attention: Attention,
     params: Any,
-    tokens: jax.Array,
-    segment_ids: jax.Array,
+    batch: dict[str, jax.Array],
     partition: Partition = ALONE,
 ) -> Scores:
     """What one batch [B, S] gives.
 
     Returns:
-        "nats": summed next-token cross-entropy within documents; "predicted" int32 [B, S]: the most likely token after
+        "nats": summed next-token cross-entropy within documents, where there is a loss mask of the tokens that it
+        marks, and "scored", their number; "predicted" int32 [B, S]: the most likely token after
         each place; in dense attention with CSA layers also "recall" and "seeing", the summed recall of the indexers and
         the number of (layer, token) pairs that it is a sum over.
     """
-    dense = attention == "dense"
+    dense, tokens, segment_ids = attention == "dense", batch["tokens"], batch["segment_ids"]
     out = forward(
         config,
         params,
@@ -131,9 +136,9 @@ def scores(
         index_loss=dense,
         partition=partition,
     )
-    targets, weights = shifted_targets(tokens, segment_ids, 1)
+    targets, weights = shifted_targets(tokens, segment_ids, 1, batch.get("loss_mask"))
     nats, predicted = partition.token_values(_nats_and_best, model.output_matrix(params), out.hidden, targets)
-    found = {"nats": (nats * weights).sum(), "predicted": predicted}
+    found = {"nats": (nats * weights).sum(), "scored": weights.sum(), "predicted": predicted}
     if indexed := [layer["index_loss"] for layer in out.layers if "index_loss" in layer]:
         found["recall"] = jnp.stack([jnp.where(loss.counts, loss.recall, 0.0).sum() for loss in indexed]).sum()
         found["seeing"] = jnp.stack([loss.counts.sum() for loss in indexed]).sum()

@@ -200,8 +200,8 @@ class Evaluators:
         if self.run.recipe.data.task is not None:
             return measure_task(self.run, params, evaluator, stage, cadence.recall_rows)
         found = evaluator.heldout(params, attention, cadence.eval_documents)
-        if cadence.recall_rows:
-            score = evaluator.recall(params, attention, recall_task(self.run.recipe), cadence.recall_rows)
+        if rows := self.run.recipe.recall_rows:
+            score = evaluator.recall(params, attention, recall_task(self.run.recipe), rows)
             found["retrieval_accuracy"] = score.accuracy
         return found
 

@@ -3,7 +3,7 @@
 Nothing here waits for the device: values of step n - 1 are read while step n runs. The names in use are ``step``,
 ``tokens``, ``stage``, ``loss``, ``ce``, ``mtp``, ``balance``, ``index_kl``, ``index_recall``, ``lr``, ``grad_norm``,
 ``update_rms_muon``, ``update_rms_adamw``, ``load_max_over_mean``, ``load_entropy``, ``dead_experts``, ``hc_row_error``,
-``hc_col_error``, ``tokens_per_s``, ``flops_per_token``, ``mfu``, ``heldout_bpb`` and ``retrieval_accuracy``; in a run
+``hc_col_error``, ``tokens_per_s``, ``flops_per_token``, ``mfu``, one of `HELDOUT` and ``retrieval_accuracy``; in a run
 on a synthetic task ``task_accuracy``, ``task_far``, ``task_worst_phase``, ``task_by_distance`` and ``task_by_phase``;
 in a run that met trouble also ``skipped`` (1: the step was not finite and changed nothing), ``spike_step`` and
 ``spike_loss`` (of a spike that was rolled back, at the first step behind the rollback) and ``anticipatory`` (1: experts
@@ -23,10 +23,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.progress import Meter, Progress, device_peak, measured_matmul_peak, sparkline
+from train.progress import HELDOUT, Meter, Progress, device_peak, measured_matmul_peak, sparkline
 from train.tensorboard import Curves
 
-__all__ = ["Meter", "MetricsWriter", "Progress", "device_peak", "measured_matmul_peak", "read_metrics", "sparkline"]
+__all__ = [
+    "HELDOUT",
+    "Meter",
+    "MetricsWriter",
+    "Progress",
+    "device_peak",
+    "measured_matmul_peak",
+    "read_metrics",
+    "sparkline",
+]
 Value = Any
 
 

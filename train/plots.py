@@ -94,6 +94,7 @@ def _panels(baselines: dict[str, float]) -> list[tuple[Callable[[Any, Lines], No
     return [
         (_loss, ("loss", "ce")),
         (lambda axis, lines: _heldout(axis, lines, baselines), ("heldout_bpb",)),
+        (_answers, ("heldout_answers",)),
         (_retrieval, ("retrieval_accuracy",)),
         (_task, ("task_accuracy",)),
         (_learning_rate, ("lr",)),
@@ -112,6 +113,14 @@ def _loss(axis: Any, lines: Lines) -> None:
         _noisy(axis, lines, name, label, colour)
     if not _has(lines, "ce"):
         _noisy(axis, lines, "loss", "total", BLUE)
+    axis.legend(loc="upper right")
+
+
+def _answers(axis: Any, lines: Lines) -> None:
+    axis.set_title("Held-out conversations")
+    axis.set_ylabel("nats per token of the assistant")
+    x, y = _series(lines, "heldout_answers")
+    axis.plot(x, y, color=BLUE, marker="o", markersize=3.5, clip_on=False, label=f"this model  {y[-1]:.3f}")
     axis.legend(loc="upper right")
 
 

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+HELDOUT = ("heldout_bpb", "heldout_answers", "task_accuracy")
+"""What an evaluation measures first: bits per byte of text, nats per token of answers, right answers of a task."""
+
 TERA = 1e12
 PEAK_BF16_FLOPS: dict[str, float] = {
     "A100": 312 * TERA,
@@ -114,11 +117,7 @@ class Progress:
         text = self.describe(line)
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=line["step"], description=text)
-        elif (
-            now - self._last_print >= self.every
-            or line["step"] >= self.total_steps
-            or {"heldout_bpb", "task_accuracy"} & set(line)
-        ):
+        elif now - self._last_print >= self.every or line["step"] >= self.total_steps or set(HELDOUT) & set(line):
             self._last_print = now
             self.note(text)
 
@@ -129,6 +128,7 @@ class Progress:
             line.get("stage"),
             _labelled("loss {:.4f}", line, "loss"),
             _labelled("held-out {:.3f} bits/byte", line, "heldout_bpb"),
+            _labelled("held-out answers {:.3f} nats/token", line, "heldout_answers"),
             _labelled("answers {:.1%}", line, "task_accuracy"),
             _labelled("far {:.1%}", line, "task_far"),
             _labelled("{:,.0f} tokens/s", line, "tokens_per_s"),

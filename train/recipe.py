@@ -86,6 +86,8 @@ class DataChoice:
     Attributes:
         task: a synthetic task; then there is no text, and the other settings here mean nothing.
         corpus: `python`, `prose`, or a path, as `train.data.corpus.resolve` takes it.
+        format: `chat` for tables of conversations (`messages` of `role` and `content`), which are written in the
+            release's prompt format; the loss counts what the assistant wrote.
         tokenizer: `bpe` (learned from the corpus, as large as the model's vocabulary allows), `bytes`, `deepseek`, or a
             tokenizer.json.
         packing: `concat` or `first_fit`.
@@ -96,6 +98,7 @@ class DataChoice:
     """
 
     corpus: str = "python"
+    format: Literal["text", "chat"] = "text"
     tokenizer: str = "bpe"
     packing: Literal["concat", "first_fit"] = "concat"
     fim_rate: float = 0.0
@@ -217,6 +220,11 @@ class Recipe:
     def tokens(self) -> int:
         """Tokens of all stages."""
         return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def recall_rows(self) -> int:
+        """Recall documents of an evaluation; there are none of conversations."""
+        return self.cadence.recall_rows if self.data.format == "text" else 0
 
     @property
     def decay_start(self) -> int:

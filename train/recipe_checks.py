@@ -60,6 +60,8 @@ def number_problems(recipe: Recipe) -> list[str]:
         problems.append(f"data.fim_rate is {recipe.data.fim_rate}; it must lie in [0, 1]")
     if not 0 <= recipe.data.recall_share < 1:
         problems.append(f"data.recall_share is {recipe.data.recall_share}; it must lie in [0, 1)")
+    if recipe.data.format == "chat" and (recipe.data.fim_rate or recipe.data.recall_share):
+        problems.append("data.format is chat: data.fim_rate and data.recall_share must be 0, they are of text")
     distance, window = recipe.data.recall_distance, recipe.model.config.sliding_window
     if distance < window and recipe.data.task is None:
         problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")

@@ -14,7 +14,7 @@ from train.data.pipeline import xz_bits_per_byte
 from train.data.retrieval import RecallTask
 from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
-from train.metrics import MetricsWriter, read_metrics
+from train.metrics import HELDOUT, MetricsWriter, read_metrics
 from train.plots import plot_curves
 from train.run_data import Source, recall_task
 from train.task_plots import draw_task
@@ -54,13 +54,14 @@ def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) ->
     attention = "sparse" if last.kind == "sparse" else "dense"
     documents, evaluator = recipe.cadence.final_documents, evaluators.at(last.sequence_length)
     found: dict[str, Any] = evaluator.heldout(params, attention, documents)
-    found["xz_bpb"] = xz_bits_per_byte(store.heldout_bytes(documents))
+    if store.answers is None:
+        found["xz_bpb"] = xz_bits_per_byte(store.heldout_bytes(documents))
     if attention == "sparse" and run.config.has_indexer:  # the indexer's recall is of the dense attention's mass
         dense = evaluator.heldout(params, "dense", recipe.cadence.eval_documents)
         found |= {name: value for name, value in dense.items() if name == "index_recall"}
-    if recipe.cadence.recall_rows:
+    if recipe.recall_rows:
         task = recall_task(recipe)
-        score = evaluator.recall(params, attention, task, 4 * recipe.cadence.recall_rows)
+        score = evaluator.recall(params, attention, task, 4 * recipe.recall_rows)
         found |= {"retrieval_accuracy": score.accuracy, "retrieval_chance": task.chance(store.tokenizer)["shown"]}
         found["retrieval_by_distance"] = score.by_distance(_edges(task, last.sequence_length))
         found["retrieval_by_phase"] = score.by_phase()
@@ -91,12 +92,7 @@ def heldout_sample(run: Run, store: TokenStore, params: Any) -> tuple[str, str]:
 
 def describe(run: Run, summary: dict[str, Any]) -> str:
     """The summary for a person."""
-    bpb, xz = summary["heldout_bpb"], summary["xz_bpb"]
-    lines = [
-        "",
-        f"held-out text: {bpb:.3f} bits per byte; xz -9 on the same text: {xz:.3f} "
-        f"({'the model is better' if bpb < xz else 'xz is better'} by {abs(1 - bpb / xz):.0%})",
-    ]
+    lines = ["", _heldout(summary)]
     if "index_recall" in summary:
         lines.append(f"indexer: its choice holds {summary['index_recall']:.1%} of the dense attention's mass")
     if "retrieval_accuracy" in summary:
@@ -116,6 +112,14 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
     return "\n".join([*lines, f"go on with: dsv4 generate {run.folder.root} --prompt 'def main():'"])
 
 
+def _heldout(summary: dict[str, Any]) -> str:
+    if "heldout_answers" in summary:
+        return f"held-out conversations: {summary['heldout_answers']:.3f} nats per token of the assistant"
+    bpb, xz = summary["heldout_bpb"], summary["xz_bpb"]
+    better = f"{'the model is better' if bpb < xz else 'xz is better'} by {abs(1 - bpb / xz):.0%}"
+    return f"held-out text: {bpb:.3f} bits per byte; xz -9 on the same text: {xz:.3f} ({better})"
+
+
 def _edges(task: RecallTask, length: int) -> list[int]:
     """Lower edges of distance bins, doubling from the task's least distance on."""
     edges = [task.min_distance]
@@ -126,10 +130,10 @@ def _edges(task: RecallTask, length: int) -> list[int]:
 
 def _log(run: Run, summary: dict[str, Any]) -> None:
     """The last evaluation as a line of the log, once."""
-    names = ("heldout_bpb", "index_recall", "retrieval_accuracy", *MEASURES)
+    names = (*HELDOUT, "index_recall", "retrieval_accuracy", *MEASURES)
     found = {name: summary[name] for name in names if name in summary}
     lines = read_metrics(run.folder.metrics)
-    if not any(line["step"] == run.recipe.steps and {"heldout_bpb", "task_accuracy"} & set(line) for line in lines):
+    if not any(line["step"] == run.recipe.steps and set(HELDOUT) & set(line) for line in lines):
         with MetricsWriter(run.folder.root, resume_step=run.recipe.steps) as writer:
             writer.write(run.recipe.steps, found)
 

@@ -26,7 +26,7 @@ def open_source(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | No
 
 def masks_loss(recipe: Recipe) -> bool:
     """Whether batches have a "loss_mask"."""
-    return recipe.data.task is not None and recipe.data.task.answers_only
+    return recipe.data.format == "chat" or recipe.data.task is not None and recipe.data.task.answers_only
 
 
 def open_store(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | None) -> TokenStore:
@@ -35,7 +35,8 @@ def open_store(recipe: Recipe, config: DeepseekV4Config, cache: str | Path | Non
     Raises:
         RecipeError: when the vocabulary does not fit the model, or fill-in-the-middle.
     """
-    store = prepare(recipe.data.corpus, recipe.data.tokenizer, vocab_size=config.vocab_size, cache=cache)
+    data = recipe.data
+    store = prepare(data.corpus, data.tokenizer, vocab_size=config.vocab_size, cache=cache, format=data.format)
     if store.tokenizer.vocab_size > config.vocab_size:
         raise RecipeError(
             f"the tokenizer has {store.tokenizer.vocab_size} entries, the model's vocab_size is {config.vocab_size}: "
@@ -68,7 +69,7 @@ def recall_task(recipe: Recipe) -> RecallTask:
 
 def check_recall(recipe: Recipe, store: Source) -> None:
     """Makes one recall document for each row length of a text, so that an impossible task is found at once."""
-    if isinstance(store, TaskSource) or not (recipe.data.recall_share or recipe.cadence.recall_rows):
+    if isinstance(store, TaskSource) or not (recipe.data.recall_share or recipe.recall_rows):
         return
     for stage in recipe.stages:
         try:

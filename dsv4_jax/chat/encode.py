@@ -8,6 +8,7 @@ assistant turn that the model shall go on with. Source: the encoding beside the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack
@@ -75,10 +76,46 @@ def encode_chat(
     return tokenizer.encode_prompt(prompt_pieces(messages, thinking_mode, **options))
 
 
+def encode_conversation(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    thinking_mode: ThinkingMode = "chat",
+    **options: Unpack[PromptOptions],
+) -> tuple[list[int], list[bool]]:
+    """A whole conversation as token ids, and which of them the assistant wrote: what a model is to learn.
+
+    Its turns end with the end-of-sentence token, which counts as written.
+
+    Raises:
+        UserError: as `encode_chat`, and when the assistant says nothing.
+    """
+    options["add_generation_prompt"] = False
+    ids, written = [], []
+    labelled = conversation_pieces(messages, thinking_mode, **options)
+    for answer, run in itertools.groupby(labelled, lambda labelled: labelled[1]):
+        encoded = tokenizer.encode_prompt(piece for piece, _ in run)
+        ids += encoded
+        written += [answer] * len(encoded)
+    if not any(written):
+        raise UserError("there is no message of the assistant: nothing to learn")
+    return ids, written
+
+
 def prompt_pieces(
     messages: Sequence[Mapping[str, Any]], thinking_mode: ThinkingMode = "chat", **options: Unpack[PromptOptions]
 ) -> list[str]:
     """The prompt in pieces: a `Special` for each token of the format, plain text for all that messages say.
+
+    Raises:
+        UserError: as `encode_messages`.
+    """
+    return [piece for piece, _ in conversation_pieces(messages, thinking_mode, **options)]
+
+
+def conversation_pieces(
+    messages: Sequence[Mapping[str, Any]], thinking_mode: ThinkingMode = "chat", **options: Unpack[PromptOptions]
+) -> list[tuple[str, bool]]:
+    """The pieces of a prompt, and whether the assistant wrote each of them.
 
     Raises:
         UserError: as `encode_messages`.
@@ -97,7 +134,11 @@ def prompt_pieces(
     head: list[str] = [BOS] if options.get("add_bos", True) else []
     if effort == "max" and thinking_mode == "thinking":
         head.append(template.MAX_EFFORT)
-    return head + [piece for index in range(len(turns)) for piece in writer.turn(index) if piece]
+    labelled = [(piece, False) for piece in head]
+    for index in range(len(turns)):
+        labelled += [(piece, True) for piece in writer.answer(index) if piece]
+        labelled += [(piece, False) for piece in writer.turn(index) if piece]
+    return labelled
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -164,16 +205,19 @@ class _Writer:
         self._keeps_from = _last_user(turns) if dropping else -1
 
     def turn(self, index: int) -> list[str]:
-        """The pieces of a turn, and of what leads over to the next."""
+        """The pieces of a turn that others wrote, and of what leads over to the next."""
         turn = self._turns[index]
         if turn.role == "assistant":
-            return self._answer(index) + self._after(index)
+            return self._after(index)
         text = "\n\n".join(part for _, part in turn.parts) if turn.role == "user" else text_of(turn.message["content"])
         opening = {"user": [USER], "developer": [USER], "latest_reminder": [LATEST_REMINDER], "system": []}[turn.role]
         return [*opening, text, *_sections(turn.message), *self._after(index)]
 
-    def _answer(self, index: int) -> list[str]:
+    def answer(self, index: int) -> list[str]:
+        """The pieces that the assistant wrote, if it is its turn."""
         message = self._turns[index].message
+        if self._turns[index].role != "assistant":
+            return []
         for_task = index > 0 and self._turns[index - 1].task is not None
         pieces: list[str] = []
         if self._thinking and not for_task and index > self._keeps_from:

@@ -1,4 +1,4 @@
-"""A trace against the float64 statement of the model, against itself across caches and packs, and what it costs: nothing.
+"""A trace against the float64 statement of the model, against itself across caches and packs, and what it costs: 0.
 
 Largest differences reached: masses, weights and mixing 3e-6, index scores 2e-5 of their largest.
 """

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from dsv4_jax.errors import UserError
 from train.data import local_files, python_source
 from train.data.manifest import Manifest
 
+Format = Literal["text", "chat"]
 HELDOUT_FRACTION = 0.01
 HELDOUT_AT_LEAST = 4
 
@@ -24,10 +26,12 @@ class Corpus:
     Attributes:
         manifest: what the documents come from.
         read: gives the documents as (name, text), always in the same order; duplicates included.
+        format: "chat" where each text is a conversation as JSON.
     """
 
     manifest: Manifest
     read: Callable[[], Iterable[tuple[str, str]]]
+    format: Format = "text"
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """The documents as (name, text): empty ones and exact duplicates dropped."""
@@ -75,17 +79,22 @@ def choose_heldout(hashes: Sequence[bytes], sizes: Sequence[int]) -> np.ndarray:
     return chosen
 
 
-def resolve(data: str) -> Corpus:
+def resolve(data: str, format: Format = "text") -> Corpus:
     """The corpus that a `--data` flag names.
 
     `python`: the standard library and the installed requirements. `prose`: the documentation inside botocore. Otherwise
     a path: .txt/.md/.py (a document a file), .jsonl with .gz or .zst (field `text`), .parquet (column `text`), a folder
-    or glob of such files, or a folder written by Hugging Face `Dataset.save_to_disk`.
+    or glob of such files, or a folder written by Hugging Face `Dataset.save_to_disk`. With the format "chat" tables
+    alone, with conversations in the field `messages`.
 
     Raises:
         FileNotFoundError, UserError: when nothing is there or its kind is not known.
         MissingPackageError: names the extra.
     """
+    if format == "chat" and data in ("python", "prose"):
+        raise UserError(f"data.format chat needs conversations, and {data!r} is text: name a .jsonl file")
+    if format == "chat":
+        return Corpus(*local_files.chat_corpus(data), format)
     if data == "python":
         return Corpus(*python_source.python_corpus())
     if data == "prose":

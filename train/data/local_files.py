@@ -16,13 +16,15 @@ from dsv4_jax.errors import MissingPackageError, UserError
 from train.data.manifest import Manifest, SourceFile
 
 RECIPE = "1"
-TEXT_FIELD = "text"
+TEXT_FIELD, CHAT_FIELD = "text", "messages"
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _FEW = 20
 _SHORTEST_PIECE = 2_000
 
 Documents = Iterator[tuple[str, str]]
+Take = Callable[[Any, str], str]
+"""The document in a row of a table, from the row and its name."""
 
 
 def local_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
@@ -41,6 +43,27 @@ def local_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
     if _is_saved_dataset(root):
         return manifest, lambda: cut_when_few(_saved_dataset(root))
     return manifest, lambda: cut_when_few(itertools.chain.from_iterable(_file(*entry) for entry in named.items()))
+
+
+def chat_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
+    """As `local_corpus`, of tables whose field "messages" holds a conversation; each document is one, as JSON.
+
+    Raises:
+        FileNotFoundError, UserError: as `local_corpus`, and for files of text.
+    """
+    manifest, _ = local_corpus(data)
+    root = Path(data).expanduser()
+    files = _data_files(root) if root.exists() else _matching(data)
+    if _is_saved_dataset(root):
+        return manifest, lambda: _saved_dataset(root, _conversation_of)
+    texts = [path.name for path in files if _suffix(path) not in TABLE_SUFFIXES]
+    if texts:
+        known = ", ".join(TABLE_SUFFIXES)
+        raise UserError(f"{texts[0]} is text, and data.format chat needs tables of conversations: {known}")
+    base = root if root.is_dir() else _common_folder(files)
+    named = {path.relative_to(base).as_posix(): path for path in files}
+    read = lambda name, path: _table(name, path, CHAT_FIELD, _conversation_of)  # noqa: E731
+    return manifest, lambda: itertools.chain.from_iterable(read(*entry) for entry in named.items())
 
 
 def cut_when_few(documents: Documents) -> Documents:
@@ -97,12 +120,13 @@ def _common_folder(files: list[Path]) -> Path:
 
 
 def _file(name: str, path: Path) -> Documents:
-    suffix = _suffix(path)
-    if suffix == ".parquet":
-        return _parquet(name, path)
-    if suffix in TEXT_SUFFIXES:
+    if _suffix(path) in TEXT_SUFFIXES:
         return iter([(name, _decode(path.read_bytes(), name))])
-    return _jsonl(name, path)
+    return _table(name, path, TEXT_FIELD, _text_of)
+
+
+def _table(name: str, path: Path, field: str, take: Take) -> Documents:
+    return _parquet(name, path, field, take) if _suffix(path) == ".parquet" else _jsonl(name, path, take)
 
 
 def _decode(raw: bytes, name: str) -> str:
@@ -112,14 +136,11 @@ def _decode(raw: bytes, name: str) -> str:
         raise UserError(f"{name} is not UTF-8 text (byte {error.start}): convert it first") from error
 
 
-def _jsonl(name: str, path: Path) -> Documents:
+def _jsonl(name: str, path: Path, take: Take) -> Documents:
     with _open_lines(path) as lines:
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                yield (
-                    f"{name}:{number + 1}",
-                    _text_of(_parsed(line, f"{name}, line {number + 1}"), f"{name}:{number + 1}"),
-                )
+                yield f"{name}:{number}", take(_parsed(line, f"{name}, line {number}"), f"{name}:{number}")
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -144,25 +165,34 @@ def _text_of(row: Any, where: str) -> str:
     return row[TEXT_FIELD]
 
 
-def _parquet(name: str, path: Path) -> Documents:
+def _conversation_of(row: Any, where: str) -> str:
+    """The row without what is no part of the conversation, as JSON: equal conversations are equal text."""
+    if not isinstance(row, dict) or not isinstance(row.get(CHAT_FIELD), list):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"{where} has no list in the field {CHAT_FIELD!r} (found: {found or 'nothing'})")
+    return json.dumps({name: row[name] for name in (CHAT_FIELD, "tools") if row.get(name)}, sort_keys=True)
+
+
+def _parquet(name: str, path: Path, field: str, take: Take) -> Documents:
     parquet = _require("pyarrow.parquet", ".parquet files").ParquetFile(path)
-    if TEXT_FIELD not in parquet.schema_arrow.names:
-        raise UserError(f"{name} has no column {TEXT_FIELD!r} (found: {', '.join(parquet.schema_arrow.names)})")
-    column = (text for batch in parquet.iter_batches(columns=[TEXT_FIELD]) for text in batch.column(0).to_pylist())
-    return ((f"{name}:{number}", text or "") for number, text in enumerate(column))
+    if field not in parquet.schema_arrow.names:
+        raise UserError(f"{name} has no column {field!r} (found: {', '.join(parquet.schema_arrow.names)})")
+    column = (value for batch in parquet.iter_batches(columns=[field]) for value in batch.column(0).to_pylist())
+    named = ((f"{name}:{number}", value) for number, value in enumerate(column))
+    return ((where, take({field: value}, where) if value is not None else "") for where, value in named)
 
 
 def _is_saved_dataset(root: Path) -> bool:
     return any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved_dataset(root: Path) -> Documents:
+def _saved_dataset(root: Path, take: Take = _text_of) -> Documents:
     dataset = _require("datasets", "Hugging Face datasets").load_from_disk(str(root))
     parts = dataset if isinstance(dataset, dict) else {"": dataset}
     for split, rows in parts.items():
         for number, row in enumerate(rows):
             where = f"{split}:{number}" if split else str(number)
-            yield where, _text_of(row, where)
+            yield where, take(row, where)
 
 
 def _require(module: str, what: str) -> Any:

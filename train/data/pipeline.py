@@ -85,8 +85,10 @@ class Rows:
         if self.config.recall and self._recall_rows(index + 1) > before:
             return self._recall_row(before)
         row = empty_rows((self.config.seq_len,), self.store.tokenizer.pad_id)
+        if self.store.answers is not None:
+            row["loss_mask"] = np.zeros(self.config.seq_len, np.int32)
         for segment, piece in enumerate(self._packing.row(self._place(index - before)), 1):
-            put(row, piece.column, segment, self._tokens(piece))
+            put(row, piece.column, segment, self._tokens(piece), self._answers(piece))
         return row
 
     def offset(self, rows: int) -> int:
@@ -131,6 +133,10 @@ class Rows:
             rng = np.random.default_rng([self.config.seed, piece.epoch, 2, piece.document])
             document = fill_in_the_middle(document, rng, *self._fim_ids)
         return document[piece.begin : piece.end]
+
+    def _answers(self, piece: Piece) -> np.ndarray | None:
+        answers = self.store.answers_of(self.store.train_documents[piece.document])
+        return None if answers is None else answers[piece.begin : piece.end]
 
 
 class NumberedRows(Protocol):
@@ -250,15 +256,19 @@ def heldout_batches(
     """
     share = batch_size // process_count
     pieces = [
-        store.document(i)[begin : begin + seq_len]
+        (i, slice(begin, begin + seq_len))
         for i in store.heldout_documents[:documents]
         for begin in range(0, max(1, int(store.lengths[i]) - 1), seq_len - 1)
     ]
     for first in range(0, len(pieces), batch_size):
         batch = empty_rows((share, seq_len), store.tokenizer.pad_id)
+        if store.answers is not None:
+            batch["loss_mask"] = np.zeros((share, seq_len), np.int32)
         mine = pieces[first + process_index * share : first + (process_index + 1) * share]
-        for place, piece in enumerate(mine):
-            put({name: array[place] for name, array in batch.items()}, 0, 1, piece)
+        for place, (document, piece) in enumerate(mine):
+            answers = store.answers_of(document)
+            row = {name: array[place] for name, array in batch.items()}
+            put(row, 0, 1, store.document(document)[piece], None if answers is None else answers[piece])
         yield batch
 
 
@@ -268,11 +278,13 @@ def empty_rows(shape: tuple[int, ...], pad_id: int) -> Batch:
     return {"tokens": np.full(shape, pad_id, np.int32), "segment_ids": zeros, "positions": zeros.copy()}
 
 
-def put(row: Batch, column: int, segment: int, tokens: np.ndarray) -> None:
-    """Writes a piece of a document into a row, in place."""
+def put(row: Batch, column: int, segment: int, tokens: np.ndarray, answers: np.ndarray | None = None) -> None:
+    """Writes a piece of a document into a row, in place; `answers` are the tokens that are learned, if not all are."""
     place = slice(column, column + len(tokens))
     row["tokens"][place], row["segment_ids"][place] = tokens, segment
     row["positions"][place] = np.arange(len(tokens))
+    if answers is not None:
+        row["loss_mask"][place] = answers
 
 
 def fill_in_the_middle(document: np.ndarray, rng: np.random.Generator, begin: int, hole: int, end: int) -> np.ndarray:

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dsv4_jax.chat import encode_conversation
 from dsv4_jax.errors import UserError
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from train.data.corpus import Corpus, resolve
+from train.data.corpus import Corpus, Format, resolve
 from train.data.manifest import Manifest
 
 BPE_SAMPLE_CHARACTERS = 16_000_000
@@ -30,7 +32,7 @@ _BATCH_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True)
 class TokenStore:
-    """A tokenised corpus. Each document is BOS, its text, EOS.
+    """A tokenised corpus. Each document is BOS, its text, EOS, or a conversation in the release's prompt format.
 
     Attributes:
         tokens: all documents one after another, uint16 or uint32 [tokens], memory-mapped when read from disk.
@@ -39,6 +41,7 @@ class TokenStore:
         document_bytes: UTF-8 bytes of each document's text, int64 [documents].
         manifest: what the text was.
         tokenizer: what turned it into ids.
+        answers: of conversations, which tokens the assistant wrote, bool [tokens]: they alone are learned.
     """
 
     tokens: np.ndarray
@@ -47,6 +50,7 @@ class TokenStore:
     document_bytes: np.ndarray
     manifest: Manifest
     tokenizer: Tokenizer
+    answers: np.ndarray | None = None
 
     @property
     def identity(self) -> dict[str, str]:
@@ -72,6 +76,10 @@ class TokenStore:
         """The ids of one document, BOS and EOS included."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def answers_of(self, index: int) -> np.ndarray | None:
+        """Which tokens of one document the assistant wrote."""
+        return None if self.answers is None else self.answers[self.offsets[index] : self.offsets[index + 1]]
+
     def heldout_bytes(self, documents: int | None = None) -> bytes:
         """The very text of the (first `documents`) held-out documents, for comparison with a compressor."""
         return b"".join(self._text_bytes(i) for i in self.heldout_documents[:documents])
@@ -96,6 +104,8 @@ class TokenStore:
         arrays = {name: np.load(folder / f"{name}.npy") for name in ("offsets", "heldout", "document_bytes")}
         manifest, tokenizer = Manifest.load(folder / "manifest.json"), load_tokenizer(folder)
         tokens = np.memmap(folder / "tokens.bin", dtype=about["dtype"], mode="r")
+        if (folder / "answers.npy").is_file():
+            arrays["answers"] = np.load(folder / "answers.npy", mmap_mode="r")
         found = {"tokens": len(tokens), "manifest": manifest.hash, "tokenizer": tokenizer.digest}
         if any(about[key] != value for key, value in found.items()) or arrays["offsets"][-1] != len(tokens):
             raise UserError(f"the token files in {folder} are damaged: delete that folder and they are made again")
@@ -109,7 +119,12 @@ def default_cache() -> Path:
 
 
 def prepare(
-    data: str = "python", tokenizer: str = "bpe", *, vocab_size: int = 8192, cache: str | Path | None = None
+    data: str = "python",
+    tokenizer: str = "bpe",
+    *,
+    vocab_size: int = 8192,
+    cache: str | Path | None = None,
+    format: Format = "text",
 ) -> TokenStore:
     """The tokenised corpus of a `--data` and a `--tokenizer` flag; made once, then taken from the cache.
 
@@ -118,25 +133,30 @@ def prepare(
         tokenizer: `bpe` (learned from the training documents of this corpus), or as `load_tokenizer` takes it.
         vocab_size: entries of the BPE.
         cache: folder of token files, `default_cache()` if not given.
+        format: "chat" for conversations.
     """
-    corpus, cache = resolve(data), Path(cache or default_cache())
+    corpus, cache = resolve(data, format), Path(cache or default_cache())
     vocabulary = _learned(corpus, vocab_size, cache) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     name = f"{corpus.manifest.corpus}-{corpus.manifest.hash[:16]}-{vocabulary.digest[:16]}"
+    name += "-chat" if format == "chat" else ""
     return TokenStore.open(_made_once(cache / "tokens" / name, lambda folder: tokenise(corpus, vocabulary, folder)))
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the token files of a corpus into `folder`, showing progress on the error stream."""
-    lengths, sizes = [], []
+    lengths, sizes, answers = [], [], []
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     heldout = corpus.heldout
     with (folder / "tokens.bin").open("wb") as stream, _progress("tokenising", len(heldout)) as advance:
         for texts in _batches(text for _, text in corpus.documents()):
-            ids = [_framed(tokenizer, encoded).astype(dtype) for encoded in tokenizer.encode_batch(texts)]
-            np.concatenate(ids).tofile(stream)
+            ids, written = _encoded(corpus, tokenizer, texts)
+            np.concatenate(ids).astype(dtype).tofile(stream)
+            answers += written
             lengths += map(len, ids)
             sizes += [len(text.encode()) for text in texts]
             advance(len(texts))
+    if answers:
+        np.save(folder / "answers.npy", np.concatenate(answers))
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     np.save(folder / "heldout.npy", heldout)
     np.save(folder / "document_bytes.npy", np.array(sizes, np.int64))
@@ -145,6 +165,21 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     about = {"dtype": np.dtype(dtype).name, "tokens": sum(lengths), "documents": len(lengths)}
     about |= {"manifest": corpus.manifest.hash, "tokenizer": tokenizer.digest}
     (folder / "store.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _encoded(corpus: Corpus, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The ids of each document; of conversations also which of them are the assistant's."""
+    if corpus.format == "text":
+        return [_framed(tokenizer, encoded) for encoded in tokenizer.encode_batch(texts)], []
+    encoded = [_conversation(tokenizer, json.loads(text)) for text in texts]
+    return [np.array(ids, np.uint32) for ids, _ in encoded], [np.array(written, bool) for _, written in encoded]
+
+
+def _conversation(tokenizer: Tokenizer, document: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    thinks = any(message.get("reasoning_content") for message in document["messages"])
+    return encode_conversation(
+        tokenizer, document["messages"], "thinking" if thinks else "chat", tools=document.get("tools")
+    )
 
 
 def _learned(corpus: Corpus, vocab_size: int, cache: Path) -> Tokenizer:

@@ -17,18 +17,21 @@ def draw_ablation(results: Sequence[dict[str, Any]], window: int, path: Path) ->
     """Draws `ablation_run` results; the suffix of `path` is the format."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 1.9 + 0.34 * len(results)), layout="constrained")
+    figure = Figure(figsize=(11, 2.4 + 0.3 * len(results)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     first = results[0]["runs"][0]
     _far(left, results, first)
     _distances(right, results[: len(LINES)], window, first)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower left", ncols=3)
     figure.savefig(path, dpi=160)
 
 
 def _far(axis: Any, results: Sequence[dict[str, Any]], first: dict[str, Any]) -> None:
     """A bar for each mean, a dot for each seed, and the mean of the seeds' worst phases as a mark."""
+    from matplotlib.ticker import PercentFormatter
+
     for row, result in enumerate(results):
         far, worst = (_values(result, name) for name in ("task_far", "task_worst_phase"))
         if not far:
@@ -42,14 +45,16 @@ def _far(axis: Any, results: Sequence[dict[str, Any]], first: dict[str, Any]) ->
     axis.set_yticks(range(len(results)), [f"{r['variant']}  ({r['about']})" for r in results], fontsize=8.5)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.02), xlabel="accuracy")
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_title(
         f"Questions about more than {first['far']} tokens before", loc="left", fontweight="bold", fontsize=11
     )
-    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.36), ncols=3)
 
 
 def _distances(axis: Any, results: Sequence[dict[str, Any]], window: int, first: dict[str, Any]) -> None:
     """Mean over seeds by distance, a line for each of the first variants."""
+    from matplotlib.ticker import PercentFormatter
+
     edges = sorted({int(edge) for result in results for run in result["runs"] for edge in run["task_by_distance"]})
     for result, colour in zip(results, LINES, strict=False):
         means = {edge: _values(result, "task_by_distance", str(edge)) for edge in edges}
@@ -58,6 +63,7 @@ def _distances(axis: Any, results: Sequence[dict[str, Any]], window: int, first:
         axis.plot(x, y, marker="o", markersize=4, color=colour, label=result["variant"])
     axis.axhline(first["task_chance"], color=RED, linestyle="--", linewidth=1.2)
     axis.set_xticks(range(len(edges)), [f"{edge}+" for edge in edges])
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set(ylim=(-0.02, 1.05), ylabel="accuracy", xlabel=f"distance in tokens (window {window})")
     axis.set_title("By distance", loc="left", fontweight="bold", fontsize=11)
     axis.legend(frameon=False, fontsize=8)

@@ -11,7 +11,7 @@ def draw_task(summary: dict[str, Any], window: int, path: Any) -> None:
     """Two panels from a run's summary: bars by distance, and by phase of the far questions, with the chance line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _bars(left, summary["task_by_distance"], summary["task_chance"], "{}+")
     left.set_xlabel(f"distance in tokens (window {window}, all windows together {summary['window_reach']})")
@@ -23,19 +23,20 @@ def draw_task(summary: dict[str, Any], window: int, path: Any) -> None:
         right.axhline(worst, color=ORANGE, linewidth=1.2, linestyle=":", label=f"worst  {worst:.0%}")
         right.set_xlabel("place of the needle modulo the compression ratio")
         right.set_title(f"Beyond {summary['far']} tokens, by phase", loc="left", fontweight="bold", fontsize=11)
-        right.legend(frameon=False, fontsize=8.5, loc="lower right")
     else:
         right.remove()
+    for axis in figure.axes:
+        axis.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     figure.savefig(path, dpi=160)
 
 
 def _bars(axis: Any, values: dict[int, float], chance: float, form: str) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     drawn = axis.bar([form.format(name) for name in values], list(values.values()), color=GREEN, width=0.6)
     axis.bar_label(drawn, fmt=lambda value: f"{value:.0%}", fontsize=8.5)
-    axis.axhline(chance, color=RED, linestyle="--", linewidth=1.2)
-    axis.text(
-        0.995, chance + 0.012, f"chance {chance:.0%}", transform=axis.get_yaxis_transform(), ha="right", color=RED
-    )
+    axis.axhline(chance, color=RED, linestyle="--", linewidth=1.2, label=f"chance  {chance:.0%}")
     axis.set(ylabel="accuracy", ylim=(0, 1.1))
     axis.spines[["top", "right"]].set_visible(False)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.tick_params(colors=GREY, labelcolor="black")

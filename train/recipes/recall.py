@@ -38,9 +38,9 @@ RECIPE = Recipe(
     model=ModelChoice("nano", MODEL),
     data=DataChoice(task=TaskChoice("mqar", TASK)),
     stages=(
-        Stage("dense", "dense", steps=240, sequence_length=128, batch_size=16),
-        Stage("indexer", "indexer_warmup", steps=20, sequence_length=128, batch_size=16),
-        Stage("sparse", "sparse", steps=60, sequence_length=128, batch_size=16),
+        Stage("dense", "dense", steps=120, sequence_length=128, batch_size=16),
+        Stage("indexer", "indexer_warmup", steps=60, sequence_length=128, batch_size=16),
+        Stage("sparse", "sparse", steps=140, sequence_length=128, batch_size=16),
     ),
     optimizer=OptimizerConfig(clip_norm=1.0),
     learning_rate=LearningRate(peak=1e-2, floor=5e-4, warmup_steps=20, decay_start=0.6),

@@ -31,6 +31,7 @@ from train.run_data import Source, check_recall, describe, open_source, recall_t
 from train.run_folder import RunFolder
 from train.stability import Watch
 from train.stage_run import Programs, StageRun, Undo
+from train.starting import check_vocabulary, starting_weights
 from train.state import TrainState
 from train.step import StepPlan
 from train.task_report import measure_task
@@ -69,6 +70,8 @@ def train(
         run.say(_headline(recipe, config, folder, resuming))
         store = first_then_others(lambda: open_source(recipe, config, cache))
         check_recall(recipe, store)
+        if not resuming:
+            check_vocabulary(recipe, store.tokenizer)
         folder.begin(recipe, config)
         from_first(lambda: folder.bind_data(store))
         run.say(f"data: {describe(store)}")
@@ -215,10 +218,19 @@ def use_compilation_cache(cache: str | Path | None = None) -> None:
 def _restored_or_new(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     finish_rollback(run.folder, checkpoints)
     if not checkpoints.steps:
-        return run.plan.make_state(run.recipe.seed), {}
+        return _new(run), {}
     state, host = _restored(run, checkpoints)
     run.say(f"resuming after step {int(state.step):,} of {run.recipe.steps:,}")
     return state, host
+
+
+def _new(run: Run) -> TrainState:
+    """The state before the first step."""
+    if run.recipe.start_from is None:
+        return run.plan.make_state(run.recipe.seed)
+    params, differences = starting_weights(run.recipe.start_from, run.plan)
+    run.say("\n  ".join([f"beginning with the weights in {run.recipe.start_from}", *differences]))
+    return run.plan.make_state(run.recipe.seed, params)
 
 
 def _restored(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:

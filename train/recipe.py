@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import optax
 
+from dsv4_jax.checkpoint import read_config
 from dsv4_jax.config import ConfigError, DeepseekV4Config
 from dsv4_jax.config_checks import nearest
+from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
 from dsv4_jax.presets import preset
 from train.data.tasks import Task, make_task
@@ -38,7 +40,7 @@ class ModelChoice:
     """Which architecture.
 
     Attributes:
-        preset: a name of `dsv4_jax.presets`.
+        preset: a name of `dsv4_jax.presets`, a config.json, or a folder that holds one.
         overrides: configuration fields to change; `--set model.hidden_size=128` writes here.
     """
 
@@ -47,8 +49,17 @@ class ModelChoice:
 
     @property
     def config(self) -> DeepseekV4Config:
-        """The configuration. Raises ConfigError."""
-        return preset(self.preset).replace(**self.overrides)
+        """The configuration. Raises ConfigError, and FileNotFoundError for a path that leads nowhere."""
+        return self._base.replace(**self.overrides)
+
+    @property
+    def _base(self) -> DeepseekV4Config:
+        if "/" not in self.preset and not self.preset.endswith(".json"):
+            return preset(self.preset)
+        place = Path(self.preset).expanduser()
+        has_weights = any(place.glob("*.safetensors*"))  # which say whether there is an MTP module
+        config = read_config(place) if has_weights else config_from_json(place)
+        return config.replace(quantization_config=None, expert_dtype=None)  # of how its weights are stored
 
 
 @dataclass(frozen=True)
@@ -193,6 +204,8 @@ class Recipe:
         learning_rate: the schedule.
         losses: weights of the losses.
         precision: compute dtype, rematerialisation, rounding to FP8 and FP4.
+        start_from: a run or a folder of safetensors whose weights the masters begin with (`train.starting`); fresh ones
+            by default.
         cadence: checkpoints and evaluations.
         stability: what to do about loss spikes and steps that are not finite.
         seed: of parameters and data.
@@ -207,6 +220,7 @@ class Recipe:
     learning_rate: LearningRate = LearningRate()
     losses: LossWeights = LossWeights()
     precision: Precision = Precision()
+    start_from: str | None = None
     cadence: Cadence = Cadence()
     stability: Stability = Stability()
     seed: int = 0

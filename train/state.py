@@ -32,10 +32,15 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def init_state(config: DeepseekV4Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A fresh state, a function of the seed alone. Under `jax.eval_shape` it is the abstract state of a restore."""
+def init_state(
+    config: DeepseekV4Config, optimizer: optax.GradientTransformation, seed: int, params: Tree = None
+) -> TrainState:
+    """A fresh state, a function of the seed alone, or around given `params`.
+
+    Under `jax.eval_shape` it is the abstract state of a restore.
+    """
     key = jax.random.key(seed)
-    params = weights.init(config, key)
+    params = weights.init(config, key) if params is None else params
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(key))
 
 

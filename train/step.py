@@ -95,19 +95,22 @@ class StepPlan:
         spread = SpreadMuon(self.partition.mesh) if isinstance(self.partition, MeshPartition) else None
         return make_optimizer(facts, self.learning_rate, self.optimizer, trainable=trainable, orthogonalize=spread)
 
-    def init(self, seed: int) -> TrainState:
+    def init(self, seed: int, params: Any = None) -> TrainState:
         """A fresh state; see `make_state` for one on many devices."""
-        return init_state(self.config, self.transformation(), seed)
+        return init_state(self.config, self.transformation(), seed, params)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
         return self.placement.placed(jax.eval_shape(lambda: self.init(0)))
 
-    def make_state(self, seed: int) -> TrainState:
-        """A fresh state, made where it lies; the same numbers on every mesh."""
+    def make_state(self, seed: int, params: Any = None) -> TrainState:
+        """A fresh state, made where it lies; the same numbers on every mesh.
+
+        With `params`, float32 and lying so already, these are its masters; they are donated.
+        """
         shardings = self.placement.state(jax.eval_shape(lambda: self.init(0)))
         placed = {} if self.placement.mesh_partition is None else {"out_shardings": shardings}
-        return jax.jit(self.init, static_argnums=0, **placed)(seed)
+        return jax.jit(self.init, static_argnums=0, donate_argnums=1, **placed)(seed, params)
 
 
 def moves(objective: Objective, fact: Fact) -> bool:

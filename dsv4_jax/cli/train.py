@@ -24,6 +24,7 @@ Examples:
   dsv4 train nano --data path/to/texts --out runs/mine
   dsv4 train nano --set learning_rate.peak=2e-3 --set stages.sparse.steps=200
   dsv4 train --recipe my-recipe.json
+  dsv4 train nano --from runs/base --out runs/v4 --set precision.policy=v4
   dsv4 train mini --strategy expert-fsdp --mesh expert=4,fsdp=2
   dsv4 launch -n 2 -- train nano
   dsv4 train mini --show
@@ -43,6 +44,9 @@ class Train:
     """The run folder; runs/NAME by default. A folder with this very run is resumed."""
     data: str | None = None
     """The text: python, prose, or a file, folder or glob (.txt .md .py .jsonl .parquet, a saved Hugging Face set)."""
+    start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Begin with the weights and the tokenizer of this run or folder of safetensors; optimizer, schedule and order of
+    the data begin anew. It must have the recipe's architecture (or --set model.preset=FOLDER)."""
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Change one setting, NAME=VALUE by dotted name; can be repeated. Stages go by number or name."""
     cache: str | None = None
@@ -64,8 +68,10 @@ def main(arguments: Sequence[str]) -> None:
     if (asked.name is None) == (asked.recipe is None):
         raise UserError("name one recipe (dsv4 train nano) or one file (dsv4 train --recipe FILE)")
     from train.recipe import find_recipe
+    from train.starting import settings_from
 
-    settings = [*asked.set, *([f"data.corpus={asked.data}"] if asked.data else [])]
+    settings = settings_from(asked.start_from) if asked.start_from else []
+    settings += [*asked.set, *([f"data.corpus={asked.data}"] if asked.data else [])]
     recipe = find_recipe(asked.name or asked.recipe or "", settings)
     if asked.show:
         return show(recipe)

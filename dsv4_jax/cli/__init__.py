@@ -27,6 +27,10 @@ COMMANDS = {  # name: module, what it does
     "generate": ("dsv4_jax.cli.generate", "continue a text with a checkpoint, as it comes"),
     "chat": ("dsv4_jax.cli.chat", "talk with a checkpoint in the release's prompt format"),
     "sample": ("dsv4_jax.cli.generate", "the same as generate"),
+    "audit": (
+        "dsv4_jax.cli.audit",
+        "a page of what a model did with a text: where it looked, which experts, how mixed",
+    ),
     "convert": ("dsv4_jax.cli.convert", "write a checkpoint in another naming scheme or format, or list its tensors"),
 }
 EXAMPLES = """  dsv4 info v4-pro
@@ -38,6 +42,7 @@ EXAMPLES = """  dsv4 info v4-pro
   dsv4 launch -n 2 -- train nano
   dsv4 generate runs/nano --prompt 'def main():'
   dsv4 chat runs/nano --system 'Be brief.'
+  dsv4 audit runs/nano --text README.md
   dsv4 convert runs/nano exported --scheme transformers"""
 
 

@@ -5,7 +5,8 @@ A target matrix W [in, out] is computed with as W + alpha / rank * A B, with A [
 at zero, so an adapted model starts as the model it adapts.
 
 The mHC maps are made doubly stochastic by Sinkhorn inside every forward pass, from generators. No change of a generator
-can therefore leave the manifold; it can only move the maps along it. `streams` says whether it may.
+can therefore leave the manifold, as far as Sinkhorn's rounds converge; it can only move the maps along it. `streams`
+says whether it may.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from dsv4_jax.facts import Fact
 from dsv4_jax.shapes import flatten, nest
 
 Tree = Any
-Adapters = dict[str, dict[str, jax.Array]]
-"""Path of the adapted matrix ("segments/0/1/attn/wq_a") -> its "a" [.., in, rank] and "b" [.., rank, out]."""
+Adapters = dict[str, Any]
+"""The tree of the parameters with the targets alone, each as its "a" [.., in, rank] and "b" [.., rank, out]."""
 
 TARGETS = ("attn", "compressor", "indexer", "shared", "experts", "router", "mtp")
 
@@ -86,27 +87,31 @@ def init(lora: Lora, facts: Tree, shapes: Tree, key: jax.Array) -> Adapters:
         if lora.rank * (rows + columns) >= rows * columns:
             raise UserError(f"lora.rank {lora.rank} is no low rank for {path}, a matrix of {rows} x {columns}")
         a = jax.random.normal(part, (*stacked, rows, lora.rank), jnp.float32) * rows**-0.5
-        made[path] = {"a": a, "b": jnp.zeros((*stacked, lora.rank, columns), jnp.float32)}
-    return made
+        made |= {f"{path}/a": a, f"{path}/b": jnp.zeros((*stacked, lora.rank, columns), jnp.float32)}
+    return nest(made)
 
 
-def adapter_facts(lora: Lora, facts: Tree) -> dict[str, dict[str, Fact]]:
+def adapter_facts(lora: Lora, facts: Tree) -> Tree:
     """The facts beside `init`'s adapters: AdamW moves them, where their matrix's role trains."""
     made = {}
     for path, fact in flatten(facts).items():
         if lora.adapts(fact):
             *stacked, inner, outer = fact.axes
-            made[path] = {
-                "a": Fact((*stacked, inner, "lora"), "adamw", fact.role),
-                "b": Fact((*stacked, "lora", outer), "adamw", fact.role),
-            }
-    return made
+            made[f"{path}/a"] = Fact((*stacked, inner, "lora"), "adamw", fact.role)
+            made[f"{path}/b"] = Fact((*stacked, "lora", outer), "adamw", fact.role)
+    return nest(made)
+
+
+def adapted_paths(adapters: Adapters) -> list[str]:
+    """Paths of the adapted matrices, "segments/0/1/attn/wq_a"."""
+    return [path.removesuffix("/a") for path in flatten(adapters) if path.endswith("/a")]
 
 
 def merged(lora: Lora, params: Tree, adapters: Adapters) -> Tree:
     """The parameters that are computed with, in the structure of `params`: W + alpha / rank * A B."""
-    leaves = flatten(params)
-    for path, adapter in adapters.items():
-        update = jnp.matmul(adapter["a"], adapter["b"], precision=jax.lax.Precision.HIGHEST)
+    leaves, factors = flatten(params), flatten(adapters)
+    for path in adapted_paths(adapters):
+        a, b = factors[f"{path}/a"], factors[f"{path}/b"]
+        update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
         leaves[path] = leaves[path] + (lora.alpha / lora.rank * update).astype(leaves[path].dtype)
     return nest(leaves)

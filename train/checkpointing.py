@@ -22,6 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from train import adapted
 from train import checkpoint_files as files
 from train import checkpoint_record as records
 from train.checkpoint_files import absolute, first_line, listed, newest_good
@@ -205,6 +206,8 @@ def load_params(
 ) -> tuple[dict[str, Any], PyTree]:
     """Reads only the parameters of the newest good checkpoint, or of `step`: for sampling and evaluation.
 
+    Adapters are merged into the parameters that they adapt.
+
     Args:
       folder: the folder given to `Checkpoints`; a run may be writing to it.
       step: this step and no other.
@@ -226,6 +229,7 @@ def load_params(
 
         def targets(record: Record) -> dict[str, jax.ShapeDtypeStruct]:
             made = abstract_params(record["host"]["config"]) if callable(abstract_params) else abstract_params
+            made = adapted.abstract(record["host"], made)
             wanted[:] = [made]
             return records.matched(record, records.named({"params": made}), "params")
 
@@ -233,7 +237,7 @@ def load_params(
         params = jax.tree.unflatten(jax.tree.structure(wanted[0]), values.values())
     if params is None or "config" not in record["host"]:
         raise CheckpointError(f"step {record['step']} of {folder} was saved without params or without host['config']")
-    return record["host"]["config"], params
+    return record["host"]["config"], adapted.merged(record["host"], params)
 
 
 def _save_args(leaves: Mapping[str, jax.Array], record: Record) -> ocp.args.Composite:

@@ -18,6 +18,7 @@ from dsv4_jax.analysis.count import activated_parameters, total_parameters
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.partition import ALONE, Partition
 from sharding.distributed import first_then_others, from_first
+from train import adapted
 from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
 from train.data.tokens import default_cache
@@ -159,7 +160,8 @@ class Run:
     def plan(self) -> StepPlan:
         """What the recipe means for a step."""
         r = self.recipe
-        return StepPlan(self.config, r.schedule(), r.decay_start, r.optimizer, r.losses, r.precision, self.partition)
+        numbers = r.schedule(), r.decay_start, r.optimizer, r.losses, r.precision
+        return StepPlan(self.config, *numbers, self.partition, r.lora)
 
     @cached_property
     def peak_flops(self) -> float | None:
@@ -230,6 +232,8 @@ def _new(run: Run) -> TrainState:
         return run.plan.make_state(run.recipe.seed)
     params, differences = starting_weights(run.recipe.start_from, run.plan)
     run.say("\n  ".join([f"beginning with the weights in {run.recipe.start_from}", *differences]))
+    if run.plan.lora is not None:
+        run.say(adapted.describe(run.plan.lora, run.config))
     return run.plan.make_state(run.recipe.seed, params)
 
 

@@ -12,10 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax import weights
 from dsv4_jax.config import DeepseekV4Config
+from dsv4_jax.lora import Lora
 from dsv4_jax.partition import ALONE, Partition
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.partition import MeshPartition
 from sharding.rules import check_fit, find_strategy, parameter_shardings, spec
+from train import adapted
 
 Tree = Any
 STEP_READS = ("tokens", "segment_ids", "loss_mask")
@@ -43,10 +45,12 @@ class Placement:
     Attributes:
         partition: as the model knows it.
         config: the architecture.
+        lora: adapters that the state holds beside the model's parameters.
     """
 
     partition: Partition
     config: DeepseekV4Config
+    lora: Lora | None = None
 
     @property
     def mesh_partition(self) -> MeshPartition | None:
@@ -67,8 +71,7 @@ class Placement:
         """
         if (found := self.mesh_partition) is None:
             return jax.tree.map(lambda _: None, state)
-        rules = found.strategy.state or found.strategy.parameters
-        placed = self._shardings(rules)
+        placed = self._state_shardings()
         by_path = {_names(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(placed)}
         whole = NamedSharding(found.mesh, PartitionSpec())
 
@@ -88,19 +91,27 @@ class Placement:
 
     def stored(self, params: Tree) -> Tree:
         """Parameters, or gradients, as the state keeps them: the strategy's `state` rules."""
-        if (found := self.mesh_partition) is None:
+        if self.mesh_partition is None:
             return params
-        rules = found.strategy.state or found.strategy.parameters
-        return jax.lax.with_sharding_constraint(params, self._shardings(rules))
+        return jax.lax.with_sharding_constraint(params, self._state_shardings())
 
     def computing(self, params: Tree) -> Tree:
-        """Parameters as a step computes with them: the strategy's `parameters` rules. So do their gradients lie."""
+        """The model's parameters as a step computes with them, and their gradients: the `parameters` rules."""
         if (found := self.mesh_partition) is None:
             return params
         return jax.lax.with_sharding_constraint(params, self._shardings(found.strategy.parameters))
 
+    def _state_shardings(self) -> Tree:
+        """Of the state's parameters."""
+        assert (found := self.mesh_partition) is not None
+        rules = found.strategy.state or found.strategy.parameters
+        if self.lora is None:
+            return self._shardings(rules)
+        shapes = adapted.shapes(self.lora, self.config)
+        return parameter_shardings(adapted.facts(self.lora, self.config), shapes, rules, found.mesh)
+
     def _shardings(self, rules: Any) -> Tree:
-        """Of the parameters, by the rules."""
+        """Of the model's parameters, by the rules."""
         assert (found := self.mesh_partition) is not None
         shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
         return parameter_shardings(weights.facts(self.config), shapes, rules, found.mesh)

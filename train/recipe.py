@@ -16,6 +16,7 @@ from dsv4_jax.config import ConfigError, DeepseekV4Config
 from dsv4_jax.config_checks import nearest
 from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
+from dsv4_jax.lora import Lora
 from dsv4_jax.presets import preset
 from train.data.tasks import Task, make_task
 from train.losses import LossWeights
@@ -206,6 +207,7 @@ class Recipe:
         precision: compute dtype, rematerialisation, rounding to FP8 and FP4.
         start_from: a run or a folder of safetensors whose weights the masters begin with (`train.starting`); fresh ones
             by default.
+        lora: adapters that train in place of the parameters, on the weights of `start_from`.
         cadence: checkpoints and evaluations.
         stability: what to do about loss spikes and steps that are not finite.
         seed: of parameters and data.
@@ -221,6 +223,7 @@ class Recipe:
     losses: LossWeights = LossWeights()
     precision: Precision = Precision()
     start_from: str | None = None
+    lora: Lora | None = None
     cadence: Cadence = Cadence()
     stability: Stability = Stability()
     seed: int = 0

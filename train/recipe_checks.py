@@ -65,6 +65,9 @@ def number_problems(recipe: Recipe) -> list[str]:
     distance, window = recipe.data.recall_distance, recipe.model.config.sliding_window
     if distance < window and recipe.data.task is None:
         problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
+    if recipe.lora is not None:
+        problems += recipe.lora.problems()
+        problems += [] if recipe.start_from else ["lora adapts the weights of a run or checkpoint: name it with --from"]
     if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
         problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
     try:

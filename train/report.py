@@ -38,7 +38,7 @@ def finish(run: Run, store: Source, params: Any, evaluators: Evaluators) -> dict
             summary |= measure(run, store, params, evaluators)
     with run.phase("sample and pictures"):
         if not isinstance(store, TaskSource):
-            summary["sample"] = sample_for_all(run, store, params)
+            summary["sample"] = sample_for_all(run, store, run.plan.masters(params))
         if jax.process_index() == 0:
             _log(run, summary)
             _draw(run, summary)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4_jax.config_json import to_released_json
+from train import adapted
 from train.anticipation import Anticipation
 from train.checkpointing import Checkpoints
 from train.data.ahead import DataSourceError, ReadAhead
@@ -87,7 +88,7 @@ class Programs:
 
 def program_of(recipe: Recipe, stage: Stage) -> Hashable:
     """What the programs of a stage depend on: equal for runs that differ in seed or data alone."""
-    numbers = recipe.learning_rate, recipe.steps, recipe.optimizer, recipe.losses, recipe.precision
+    numbers = recipe.learning_rate, recipe.steps, recipe.optimizer, recipe.losses, recipe.precision, recipe.lora
     shape = stage.kind, stage.sequence_length, stage.batch_size, stage.microbatches
     return recipe.model.config, numbers, shape, masks_loss(recipe)
 
@@ -205,6 +206,7 @@ class StageRun:
                 anticipation.save(done, self.ids_folder, self.shared.recipe.cadence.keep)
             config = to_released_json(self.shared.config)
             host = {"config": config, "data": batches.get_state(), "stability": self.watch.get_state()}
+            host |= {"lora": adapted.to_json(self.shared.recipe.lora)} if self.shared.recipe.lora else {}
             self.checkpoints.save(done, state, host)
 
     def saved_before(

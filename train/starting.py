@@ -66,6 +66,7 @@ def starting_weights(folder: str | Path, plan: StepPlan) -> tuple[Any, list[str]
         UserError: when there is no model, or it is damaged.
     """
     folder, wanted, differences = Path(folder), plan.abstract_state().params, []
+    wanted = wanted if plan.lora is None else wanted["base"]
 
     def check(found: DeepseekV4Config) -> None:
         differences[:] = require_same_parameters(found, plan.config, folder)

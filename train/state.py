@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv4_jax import weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.facts import Fact
 from dsv4_jax.shapes import layer_slots
@@ -32,15 +31,8 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def init_state(
-    config: DeepseekV4Config, optimizer: optax.GradientTransformation, seed: int, params: Tree = None
-) -> TrainState:
-    """A fresh state, a function of the seed alone, or around given `params`.
-
-    Under `jax.eval_shape` it is the abstract state of a restore.
-    """
-    key = jax.random.key(seed)
-    params = weights.init(config, key) if params is None else params
+def init_state(params: Tree, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step. Under `jax.eval_shape` it is the abstract state of a restore."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(key))
 
 

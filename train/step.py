@@ -14,10 +14,12 @@ import optax
 from dsv4_jax import model, weights
 from dsv4_jax.config import CSA, DeepseekV4Config
 from dsv4_jax.facts import Fact
+from dsv4_jax.lora import Lora
 from dsv4_jax.partition import ALONE, Partition
 from dsv4_jax.quantization.policy import Policy, precision_policy
 from dsv4_jax.segments import learned_choices
 from sharding.partition import MeshPartition
+from train import adapted
 from train.losses import OBJECTIVES, Batch, LossWeights, Objective, Parts, batch_totals, learned_blocks, training_loss
 from train.optimizer import OptimizerConfig, make_optimizer, update_rms
 from train.placement import Placement
@@ -58,6 +60,7 @@ class StepPlan:
         weights: of the losses.
         precision: see there.
         partition: how everything lies on devices.
+        lora: adapters that are trained in place of the parameters (`train.adapted`).
     """
 
     config: DeepseekV4Config
@@ -67,11 +70,21 @@ class StepPlan:
     weights: LossWeights = LossWeights()
     precision: Precision = Precision()
     partition: Partition = ALONE
+    lora: Lora | None = None
 
     @property
     def placement(self) -> Placement:
         """The shardings of state and batches."""
-        return Placement(self.partition, self.config)
+        return Placement(self.partition, self.config, self.lora)
+
+    @property
+    def facts(self) -> Any:
+        """The facts of the state's parameters."""
+        return weights.facts(self.config) if self.lora is None else adapted.facts(self.lora, self.config)
+
+    def masters(self, params: Any) -> Any:
+        """The model's parameters from the state's, not rounded."""
+        return params if self.lora is None else adapted.model_params(self.lora, params)
 
     def forward(self) -> Callable[..., model.Output]:
         """`model.forward` with the precision filled in; it wants parameters that are `rounded`."""
@@ -85,19 +98,22 @@ class StepPlan:
         return precision_policy(self.precision.policy, self.config)
 
     def rounded(self, params: Any) -> Any:
-        """Parameters as the policy stores them. The gradient with respect to these goes to the masters as it is."""
-        return self.policy.weights(weights.facts(self.config), params)
+        """The model's parameters as the policy stores them. Their gradient goes to the state's as if not rounded."""
+        return self.policy.weights(weights.facts(self.config), self.masters(params))
 
     def transformation(self, kind: Kind = "dense") -> optax.GradientTransformation:
         """The optimizer of a stage; its state has the same structure in every stage."""
-        facts = weights.facts(self.config)
         trainable = partial(moves, OBJECTIVES[kind])
         spread = SpreadMuon(self.partition.mesh) if isinstance(self.partition, MeshPartition) else None
-        return make_optimizer(facts, self.learning_rate, self.optimizer, trainable=trainable, orthogonalize=spread)
+        return make_optimizer(self.facts, self.learning_rate, self.optimizer, trainable=trainable, orthogonalize=spread)
 
     def init(self, seed: int, params: Any = None) -> TrainState:
         """A fresh state; see `make_state` for one on many devices."""
-        return init_state(self.config, self.transformation(), seed, params)
+        key = jax.random.key(seed)
+        params = weights.init(self.config, key) if params is None else params
+        if self.lora is not None:
+            params = adapted.init(self.lora, self.config, params, jax.random.fold_in(key, 1))
+        return init_state(params, self.transformation(), key)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
@@ -161,14 +177,14 @@ def chosen_experts(plan: StepPlan, kind: Kind, microbatches: int, params: Any, b
 
 def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState, batch: Batch):
     """See `make_train_step`."""
-    facts, objective = weights.facts(plan.config), OBJECTIVES[kind]
+    facts, objective = plan.facts, OBJECTIVES[kind]
     mtp_weight = jnp.where(state.step < plan.decay_start, plan.weights.mtp, plan.weights.mtp_decayed)
     gradients, parts = batch_gradients(plan, objective, microbatches, state.params, batch, mtp_weight)
     with jax.named_scope("optimizer"):
         full = plan.placement.stored(join(gradients, jax.tree.map(jnp.zeros_like, state.params)))
         updates, optimizer = plan.transformation(kind).update(full, state.optimizer, state.params)
         params = add_updates(state.params, updates, facts)
-    if objective.language:
+    if objective.language and plan.lora is None:
         params = move_router_biases(plan.config, params, parts["load"], plan.weights.bias_speed)
     metrics = {name: value for name, value in parts.items() if value.ndim == 0} | routing_metrics(plan.config, parts)
     if objective.attention == "sparse":
@@ -187,19 +203,21 @@ def batch_gradients(
 ) -> tuple[Any, Parts]:
     """Gradients (None where nothing moves) and the parts of the loss, "loss" among them, of a whole batch.
 
-    Weights are rounded once for all microbatches.
+    Weights are rounded once for all microbatches; with adapters, which change what is rounded, in each of them.
     """
     rows = batch["tokens"].shape[0]
     if rows % microbatches:
         raise ValueError(f"a batch of {rows} rows cannot be cut into {microbatches} microbatches of equal size")
     config, forward = plan.config, plan.forward()
-    moved, held = split(plan.rounded(params), weights.facts(config), partial(moves, objective))
+    ready = plan.rounded(params) if plan.lora is None else params
+    moved, held = split(ready, plan.facts, partial(moves, objective))
     totals = batch_totals(config, batch)
 
     def loss(moved: Any, batch: Batch) -> tuple[jax.Array, Parts]:
         share = 1 / microbatches
         run = partial(forward, expert_ids=batch.get("expert_ids"))
-        params = plan.placement.computing(join(moved, held))
+        params = join(moved, held) if plan.lora is None else plan.rounded(join(moved, held))
+        params = plan.placement.computing(params)
         total, parts = training_loss(
             config, params, batch, totals, objective, plan.weights, mtp_weight, run, share, plan.partition
         )

@@ -153,17 +153,22 @@ def make_train_step(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callab
 
 
 def make_router(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callable[..., jax.Array]:
-    """The jitted `(params, batch) -> expert_ids`, int32 [B, S, L, k]: what the L learned routers choose in a step."""
-    return jax.jit(partial(chosen_experts, plan, kind, microbatches))
+    """The jitted `(params, batch) -> expert_ids`, int32 [B, S, L, k]: what the L learned routers choose in a step.
+
+    They lie as the batch does, where the step that is given them wants them.
+    """
+    placed = {} if plan.placement.mesh_partition is None else {"out_shardings": plan.placement.batch}
+    return jax.jit(partial(chosen_experts, plan, kind, microbatches), **placed)
 
 
 def chosen_experts(plan: StepPlan, kind: Kind, microbatches: int, params: Any, batch: Batch) -> jax.Array:
     """See `make_router`."""
     config, objective = plan.config, OBJECTIVES[kind]
     mtp = bool(config.mtp_layers) and (objective.language or config.mtp_layers[0].attention == CSA)
-    forward = partial(plan.forward(), attention=objective.attention, logits=False, mtp=mtp, record=True)
-
-    params = plan.rounded(params)
+    forward = partial(
+        plan.forward(), attention=objective.attention, logits=False, mtp=mtp, record=True, partition=plan.partition
+    )
+    params = plan.placement.computing(plan.rounded(params))
 
     def choose(batch: Batch) -> jax.Array:
         out = forward(config, params, batch["tokens"], segment_ids=batch["segment_ids"])

@@ -1,19 +1,23 @@
 """A train step on eight devices is the step on one, for every strategy and mixed meshes."""
 
-import re
+from functools import partial
 
 import jax
 import numpy as np
-import pytest
 from devices import on_devices
+from gathered import assert_nothing_large, gathered
 from support import TINY, random_params
 
+from dsv4_jax import model
+from dsv4_jax.config import CSA
 from dsv4_jax.partition import ALONE
+from dsv4_jax.segments import learned_choices
+from sharding.hlo import collectives
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.partition import MeshPartition
 from sharding.rules import find_strategy
 from train.schedule import warmup_constant_cosine
-from train.step import OBJECTIVES, StepPlan, batch_gradients, make_train_step
+from train.step import OBJECTIVES, StepPlan, batch_gradients, make_router, make_train_step
 
 CONFIG = TINY.replace(q_lora_rank=16, n_routed_experts=8, index_n_heads=4, num_nextn_predict_layers=0)
 ROWS, LENGTH = 8, 24
@@ -39,8 +43,11 @@ def batch():
     }
 
 
-def plan_for(partition):
-    return StepPlan(CONFIG, warmup_constant_cosine(1e-3, 1e-4, 0, 5, 10), 5, partition=partition)
+ONE_BLOCK = CONFIG.replace(num_hidden_layers=1, layer_types=(CSA,), compress_ratios=(4,), num_hash_layers=0)
+
+
+def plan_for(partition, config=CONFIG):
+    return StepPlan(config, warmup_constant_cosine(1e-3, 1e-4, 0, 5, 10), 5, partition=partition)
 
 
 def gradients(partition):
@@ -73,20 +80,50 @@ def test_loss_gradients_and_router_statistics_are_those_of_one_device():
         assert worst < GRADIENT, mesh
 
 
-def step_text(name, text):
-    """The compiled train step."""
-    plan = plan_for(MeshPartition(make_mesh(parse_mesh(text, 8)), find_strategy(name)))
-    state = plan.make_state(0)
-    step = make_train_step(plan, "sparse", 1)
-    return step.lower(state, plan.placement.to_devices(batch(), ROWS)).compile().as_text()
+def chosen_ahead(name, text):
+    """Experts as one device and as a mesh choose them; whether they lie as batches do; what choosing them gathers.
+
+    And what a forward that is given other experts than its own chooses and computes, on one device and on the mesh.
+    """
+    params, partition = random_params(ONE_BLOCK), MeshPartition(make_mesh(parse_mesh(text, 8)), find_strategy(name))
+    alone, placed = plan_for(ALONE, ONE_BLOCK), plan_for(partition, ONE_BLOCK)
+    spread = jax.device_put(params, placed.placement.state(params))
+    rows, own_rows = (plan.placement.to_devices(batch(), ROWS) for plan in (alone, placed))
+    router = make_router(placed, "sparse").lower(spread, own_rows).compile()
+    ids, ahead = make_router(alone, "sparse")(params, rows), router(spread, own_rows)
+    lies = ahead.sharding.is_equivalent_to(placed.placement.batch, ahead.ndim)
+    shapes = gathered(collectives(router.as_text(), partition.mesh.shape))
+
+    @partial(jax.jit, static_argnums=3)
+    def forward(params, batch, ids, partition):
+        given = {"segment_ids": batch["segment_ids"], "expert_ids": ids, "partition": partition, "record": True}
+        out = model.forward(ONE_BLOCK, params, batch["tokens"], logits=False, **given)
+        return learned_choices(ONE_BLOCK, out.layers), out.hidden
+
+    others = [(chosen + 1) % ONE_BLOCK.n_routed_experts for chosen in (ids, ahead)]
+    computed = forward(params, rows, others[0], ALONE), forward(spread, own_rows, others[1], partition)
+    return jax.device_get((ids, ahead, lies, shapes, *computed))
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("expert-fsdp", "data=2,expert=2,fsdp=2")])
-def test_nothing_large_is_gathered_by_accident(name, mesh):
-    """No all-gather gives all experts; none gives anything of all tokens, neither [B, S, ..] nor [.., B * S]."""
-    gathered = re.findall(r"= \(?(\w+\[[\d,]*\]).*? all-gather(?:-start)?\(", on_devices(8, step_text, name, mesh))
-    shapes = [tuple(int(n) for n in re.search(r"\[([\d,]*)\]", text)[1].split(",") if n) for text in gathered]
+def test_experts_are_chosen_ahead_and_used_on_a_mesh_as_on_one_device():
+    ids, ahead, lies, shapes, wanted, found = on_devices(8, chosen_ahead, "expert-fsdp", "data=2,expert=2,fsdp=2")
+    np.testing.assert_array_equal(ids, ahead)
+    assert lies, "the step is compiled for experts that lie as the batch does"
     assert shapes
-    for shape in shapes:
-        assert shape[-3:-2] != (CONFIG.n_routed_experts,) or shape[-1] not in (32, 12), shape
-        assert shape[:2] != (ROWS, LENGTH) and ROWS * LENGTH not in shape, shape
+    assert_nothing_large(shapes, ONE_BLOCK, ROWS, LENGTH)
+    np.testing.assert_array_equal(found[0], (ids + 1) % ONE_BLOCK.n_routed_experts)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
+
+
+def gathered_by_a_step(name, text):
+    """By the compiled train step."""
+    plan = plan_for(MeshPartition(make_mesh(parse_mesh(text, 8)), find_strategy(name)))
+    given = plan.make_state(0), plan.placement.to_devices(batch(), ROWS)
+    text = make_train_step(plan, "sparse").lower(*given).compile().as_text()
+    return gathered(collectives(text, plan.partition.mesh.shape))
+
+
+def test_nothing_large_is_gathered_by_accident():
+    shapes = on_devices(8, gathered_by_a_step, "expert-fsdp", "data=2,expert=2,fsdp=2")
+    assert shapes
+    assert_nothing_large(shapes, CONFIG, ROWS, LENGTH)

@@ -49,8 +49,8 @@ class Compile:
     """v5e:16x16, v5p:8x8x16, v6e:16x16 or tpu7x:4x4x4 (chips along each axis), h100:1x8, h200:2x8 or b200:2x8 (hosts x
     GPUs per host)."""
     strategy: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """one, data, fsdp, expert-fsdp, expert-tensor or long-context; by default expert-fsdp to train and expert-tensor
-    otherwise."""
+    """one, data, fsdp, expert-fsdp, expert-tensor, expert-data or long-context; by default expert-fsdp to train and
+    expert-tensor otherwise."""
     mesh: Annotated[str | None, tyro.conf.arg(metavar="AXES")] = None
     """For example expert=64,fsdp=4; one size may be -1. By default as many devices on the strategy's axis as fit."""
     mode: Literal["train", "prefill", "decode"] = "train"

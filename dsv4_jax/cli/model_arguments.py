@@ -50,7 +50,7 @@ class ModelArguments:
     mesh: str | None = None
     """Devices by axis, as in "expert=4,tensor=2"; -1 stands for the rest. By default the first device alone."""
     strategy: str | None = None
-    """How parameters and cache lie on the mesh: expert-tensor (default with a mesh), data, fsdp, expert-fsdp."""
+    """How parameters and cache lie on the mesh: expert-tensor (default with a mesh), expert-data, data, fsdp."""
 
     def options(self, **more: Any) -> GenerateOptions:
         """What to ask the engine for; `more` replaces or adds."""

@@ -22,6 +22,7 @@ DESCRIPTION = """Train a model by a recipe. Repeat the same command to resume an
 Examples:
   dsv4 train nano
   dsv4 train nano --data path/to/texts --out runs/mine
+  dsv4 train mini --data hf:roneneldan/TinyStories
   dsv4 train nano --set learning_rate.peak=2e-3 --set stages.sparse.steps=200
   dsv4 train --recipe my-recipe.json
   dsv4 train nano --from runs/base --out runs/v4 --set precision.policy=v4
@@ -43,7 +44,8 @@ class Train:
     out: str | None = None
     """The run folder; runs/NAME by default. A folder with this very run is resumed."""
     data: str | None = None
-    """The text: python, prose, or a file, folder or glob (.txt .md .py .jsonl .parquet, a saved Hugging Face set)."""
+    """The text: python, prose, or a file, folder or glob (.txt .md .py .jsonl .parquet, a saved Hugging Face set), or
+    hf:NAME, hf:NAME@CONFIGURATION:SPLIT for a dataset of the hub with a field "text"."""
     start_from: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """Begin with the weights and the tokenizer of this run or folder of safetensors; optimizer, schedule and order of
     the data begin anew. It must have the recipe's architecture (or --set model.preset=FOLDER)."""

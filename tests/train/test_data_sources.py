@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from dsv4_jax.errors import UserError
 from dsv4_jax.tokenizer import ByteTokenizer
 from train.data import corpus as corpora
 from train.data import tokens as token_files
@@ -94,6 +95,40 @@ def test_parquet_and_saved_datasets_are_read_through_their_packages(tmp_path, mo
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"datasets need the package datasets: pip install 'dsv4-jax\[data\]'"):
         texts(resolve(str(saved)))
+
+
+def test_files_written_by_the_real_packages_are_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [f"row {i} é" for i in range(30)]
+    dataset = datasets.Dataset.from_dict({"text": rows, "other": list(range(30))})
+    (tmp_path / "parquet").mkdir()
+    dataset.to_parquet(tmp_path / "parquet" / "x.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset}).save_to_disk(tmp_path / "splits")
+    for name in ("parquet", "parquet/x.parquet", "saved", "splits"):
+        assert texts(resolve(str(tmp_path / name))) == rows
+
+
+def test_a_dataset_is_loaded_by_its_name(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(30)]}).to_parquet(tmp_path / "set" / "x.parquet")
+    corpus = resolve(f"hf:{tmp_path / 'set'}")  # a folder stands for a name, so that no network is needed
+    assert texts(corpus) == [f"row {i}" for i in range(30)] and corpus.manifest.corpus == "set"
+    assert len(texts(resolve(f"hf:{tmp_path / 'set'}:train[:20]"))) == 20
+    assert corpus.manifest.hash == resolve(f"hf:{tmp_path / 'set'}").manifest.hash
+    for wrong in (f"hf:{tmp_path / 'nothing'}", f"hf:{tmp_path / 'set'}:test"):
+        with pytest.raises(UserError, match="could not be loaded"):
+            resolve(wrong)
+    with pytest.raises(UserError, match="is not of the form"):
+        resolve("hf:a@b@c")
+
+
+def test_a_dataset_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'dsv4-jax\[data\]'"):
+        resolve("hf:some/name")
 
 
 def test_one_long_file_is_cut_so_that_some_can_be_held_out(tmp_path):

@@ -1,4 +1,4 @@
-"""Documents by one flag: `python`, `prose`, or a file, folder or glob of the user's own."""
+"""Documents by one flag: `python`, `prose`, a file, folder or glob of the user's own, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def resolve(data: str, format: Format = "text") -> Corpus:
 
     `python`: the standard library and the installed requirements. `prose`: the documentation inside botocore. Otherwise
     a path: .txt/.md/.py (a document a file), .jsonl with .gz or .zst (field `text`), .parquet (column `text`), a folder
-    or glob of such files, or a folder written by Hugging Face `Dataset.save_to_disk`. With the format "chat" tables
-    alone, with conversations in the field `messages`.
+    or glob of such files, a folder written by Hugging Face `Dataset.save_to_disk`, or `hf:` and a name on its hub. With
+    the format "chat" tables alone, with conversations in the field `messages`.
 
     Raises:
         FileNotFoundError, UserError: when nothing is there or its kind is not known.
@@ -93,6 +93,11 @@ def resolve(data: str, format: Format = "text") -> Corpus:
     """
     if format == "chat" and data in ("python", "prose"):
         raise UserError(f"data.format chat needs conversations, and {data!r} is text: name a .jsonl file")
+    if data.startswith("hf:"):
+        from train.data.hub_source import hub_corpus
+
+        take = local_files.conversation_of if format == "chat" else local_files.text_of
+        return Corpus(*hub_corpus(data, take), format)
     if format == "chat":
         return Corpus(*local_files.chat_corpus(data), format)
     if data == "python":

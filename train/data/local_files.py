@@ -55,14 +55,14 @@ def chat_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
     root = Path(data).expanduser()
     files = _data_files(root) if root.exists() else _matching(data)
     if _is_saved_dataset(root):
-        return manifest, lambda: _saved_dataset(root, _conversation_of)
+        return manifest, lambda: _saved_dataset(root, conversation_of)
     texts = [path.name for path in files if _suffix(path) not in TABLE_SUFFIXES]
     if texts:
         known = ", ".join(TABLE_SUFFIXES)
         raise UserError(f"{texts[0]} is text, and data.format chat needs tables of conversations: {known}")
     base = root if root.is_dir() else _common_folder(files)
     named = {path.relative_to(base).as_posix(): path for path in files}
-    read = lambda name, path: _table(name, path, CHAT_FIELD, _conversation_of)  # noqa: E731
+    read = lambda name, path: _table(name, path, CHAT_FIELD, conversation_of)  # noqa: E731
     return manifest, lambda: itertools.chain.from_iterable(read(*entry) for entry in named.items())
 
 
@@ -122,7 +122,7 @@ def _common_folder(files: list[Path]) -> Path:
 def _file(name: str, path: Path) -> Documents:
     if _suffix(path) in TEXT_SUFFIXES:
         return iter([(name, _decode(path.read_bytes(), name))])
-    return _table(name, path, TEXT_FIELD, _text_of)
+    return _table(name, path, TEXT_FIELD, text_of)
 
 
 def _table(name: str, path: Path, field: str, take: Take) -> Documents:
@@ -154,18 +154,19 @@ def _open_lines(path: Path) -> io.TextIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return _require("zstandard", ".jsonl.zst files").open(path, "rt", encoding="utf-8")
+        return require("zstandard", ".jsonl.zst files").open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
 
 
-def _text_of(row: Any, where: str) -> str:
+def text_of(row: Any, where: str) -> str:
+    """The field "text" of a row. UserError where there is none."""
     if not isinstance(row, dict) or not isinstance(row.get(TEXT_FIELD), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{where} has no text in the field {TEXT_FIELD!r} (found: {found or 'nothing'})")
     return row[TEXT_FIELD]
 
 
-def _conversation_of(row: Any, where: str) -> str:
+def conversation_of(row: Any, where: str) -> str:
     """The row without what is no part of the conversation, as JSON: equal conversations are equal text."""
     if not isinstance(row, dict) or not isinstance(row.get(CHAT_FIELD), list):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -174,7 +175,7 @@ def _conversation_of(row: Any, where: str) -> str:
 
 
 def _parquet(name: str, path: Path, field: str, take: Take) -> Documents:
-    parquet = _require("pyarrow.parquet", ".parquet files").ParquetFile(path)
+    parquet = require("pyarrow.parquet", ".parquet files").ParquetFile(path)
     if field not in parquet.schema_arrow.names:
         raise UserError(f"{name} has no column {field!r} (found: {', '.join(parquet.schema_arrow.names)})")
     column = (value for batch in parquet.iter_batches(columns=[field]) for value in batch.column(0).to_pylist())
@@ -186,16 +187,21 @@ def _is_saved_dataset(root: Path) -> bool:
     return any((root / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _saved_dataset(root: Path, take: Take = _text_of) -> Documents:
-    dataset = _require("datasets", "Hugging Face datasets").load_from_disk(str(root))
+def _saved_dataset(root: Path, take: Take = text_of) -> Documents:
+    dataset = require("datasets", "Hugging Face datasets").load_from_disk(str(root))
     parts = dataset if isinstance(dataset, dict) else {"": dataset}
     for split, rows in parts.items():
-        for number, row in enumerate(rows):
-            where = f"{split}:{number}" if split else str(number)
-            yield where, take(row, where)
+        yield from rows_of(rows, take, f"{split}:" if split else "")
 
 
-def _require(module: str, what: str) -> Any:
+def rows_of(rows: Any, take: Take, prefix: str = "") -> Documents:
+    """The documents of a dataset's rows, named by their numbers."""
+    for number, row in enumerate(rows):
+        yield f"{prefix}{number}", take(row, f"{prefix}{number}")
+
+
+def require(module: str, what: str) -> Any:
+    """An optional package; MissingPackageError says what needs it and which extra brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

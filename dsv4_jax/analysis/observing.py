@@ -42,7 +42,7 @@ class Tracer(Observer):
         """See `trace.AttentionTrace`; every leaf is [B, ..], its second axis the tokens or the queries at hand."""
         sink = jnp.exp(seen.layer.attn_sink[...].astype(jnp.float32) - seen.lse)
         masses = [jnp.exp(lse - seen.lse) for _, lse in seen.branches]
-        found = {"window_mass": masses[0], "entry_mass": sum(masses[1:], jnp.zeros_like(sink)), "sink_mass": sink}
+        found: Seen = {"window_mass": masses[0], "entry_mass": sum(masses[1:], jnp.zeros_like(sink)), "sink_mass": sink}
         if seen.choice is not None:
             found |= {"chosen": seen.choice, **of_chosen(seen)}
         if self.queries:

@@ -89,17 +89,17 @@ def weight_sums(config: DeepseekV4Config, policy: Policy, params: Any) -> list[S
         for repeat in range(segment.repeats):
             own = [part[repeat] if isinstance(part, list) else part for part in parts]
             at = None if isinstance(parts[1], list) else repeat
-            layers += [_tree_sums(policy, *(tree[str(j)] for tree in own), at) for j in range(len(segment.unit))]
+            layers += [_tree_sums(policy, [tree[str(j)] for tree in own], at) for j in range(len(segment.unit))]
     if config.mtp_layers:
-        layers.append(_tree_sums(policy, *(tree["mtp"]["0"] for tree in (facts, params, rounded)), None))
+        layers.append(_tree_sums(policy, [tree["mtp"]["0"] for tree in (facts, params, rounded)], None))
     return layers
 
 
-def _tree_sums(policy: Policy, facts: Any, params: Any, rounded: Any, at: int | None) -> Sums:
-    """The sums of a tree; where its arrays are stacked, of the part `at`."""
+def _tree_sums(policy: Policy, trees: Sequence[Any], at: int | None) -> Sums:
+    """The sums of trees of facts, arrays and rounded arrays; where arrays are stacked, of the part `at`."""
     take = lambda x: x if at is None else x[at]  # noqa: E731
     total: Sums = {}
-    for fact, x, y in zip(*(jax.tree.leaves(tree) for tree in (facts, params, rounded)), strict=True):
+    for fact, x, y in zip(*map(jax.tree.leaves, trees), strict=True):
         role = weight_role(fact)
         if role in policy.rounding and role is not None:
             total[role] = total.get(role, 0.0) + error_sums(take(x)[None], take(y)[None])[0, 0]

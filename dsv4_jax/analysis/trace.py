@@ -6,9 +6,10 @@
 The ordinary forward runs, with an observer: what is recorded is what was computed. Shapes: B rows, S tokens, H heads, k
 experts per token or chosen entries, T entries, Q queries asked for, n streams, L layers.
 
-Memory, in numbers of four bytes per token: for each layer 3 H + 2 k + 1 of attention and experts and 4 n + 2 n^2 of
-mixing, in layers that choose k' entries 3 k' more; for each query asked for W + T (times H with `per_head`). Nothing
-of S x T is held: V4-Flash over 8,192 tokens takes 1.7 GB, of which 1 GB is the chosen entries.
+Memory, in numbers of four bytes per token: for each layer 3 H + 2 k + 1 of attention and experts and 2 n^2 + 4 n + 8 of
+mixing, in layers that choose k' entries 3 k' more; for each query asked for W + N, N being the chosen entries or all T
+(times H with `per_head`). Nothing of S x T is held: V4-Flash over 8,192 tokens takes 1.4 GB, of which 1.1 GB are the
+chosen entries.
 """
 
 from __future__ import annotations

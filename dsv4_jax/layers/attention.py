@@ -107,7 +107,8 @@ class Attention(nnx.Module):
                 else:
                     branches.append(gather_attention(q, entries, choice, scale))
         out, lse = merge(branches, self.attn_sink[...])
-        if options.index_loss and isinstance(operands, IndexOperands) and isinstance(entries, jax.Array):
+        if options.index_loss and blocks is not None and isinstance(operands, IndexOperands):
+            assert isinstance(entries, jax.Array)
             compared = jnp.stack([blocks.lo, blocks.hi], -1) if choice is None else choice
             k = c.index_topk if choice is None else 0
             record["index_loss"] = index_loss(operands, q, entries, lse, compared, scale, k)

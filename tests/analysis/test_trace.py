@@ -31,7 +31,7 @@ def make_case(name):
     return dsv4.Model(config, params), np.asarray(expected["input_ids"], np.int32)
 
 
-@pytest.fixture(scope="module", params=["tiny", "pub_a", "pub_b"])
+@pytest.fixture(scope="module", params=["tiny", "pub_a", pytest.param("pub_b", marks=pytest.mark.slow)])
 def case(request):
     """(model, trace of the first row, the statement's record of it)."""
     asked, tokens = make_case(request.param)
@@ -166,6 +166,7 @@ def test_a_document_in_a_pack_traces_as_alone():
     np.testing.assert_array_equal(jnp.where(spans < 0, -1, spans - first), alone.layers[1].chosen_spans())
 
 
+@pytest.mark.slow
 def test_rounding_is_measured_wherever_the_policy_acts():
     """Against a forward without any compilation, whose policy keeps every array it is given."""
     v4, tokens, kept = precision_policy("v4", TINY), TOKENS[:1, :14], []

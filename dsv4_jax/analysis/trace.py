@@ -140,11 +140,13 @@ class Trace:
     """What `trace` returns.
 
     Attributes:
+        config: the architecture.
         layers: one record per block, the MTP block last when it ran.
         queries: the positions of `QueryTrace`.
         output: of the forward, with `hidden` [B, S, D] but without logits; `output.cache` with a cache.
     """
 
+    config: DeepseekV4Config
     layers: list[LayerTrace]
     queries: tuple[int, ...]
     output: _model.Output
@@ -201,7 +203,7 @@ def trace(
         layers.append(
             LayerTrace(spec, attended, ExpertTrace(**record["experts"]), mixing, spans.get(spec.ratio), rounding)
         )
-    return Trace(layers, queries, out)
+    return Trace(model.config, layers, queries, out)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("queries", "per_head", "attention", "policy", "mtp", "partition"))

@@ -157,7 +157,9 @@ def make_router(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callable[.
 
     They lie as the batch does, where the step that is given them wants them.
     """
-    placed = {} if plan.placement.mesh_partition is None else {"out_shardings": plan.placement.batch}
+    placed: dict[str, Any] = {}
+    if plan.placement.mesh_partition is not None:
+        placed["out_shardings"] = plan.placement.batch
     return jax.jit(partial(chosen_experts, plan, kind, microbatches), **placed)
 
 

@@ -61,7 +61,7 @@ def next_token_log_probs(model: Model, texts: Sequence[Sequence[int]]) -> np.nda
     rows = np.zeros((len(texts), length), np.int32)
     for row, text in zip(rows, texts, strict=True):
         row[: len(text)] = text
-    hidden = model.forward(model.params, rows, logits=False).hidden
+    hidden = model.forward(model.params, jnp.asarray(rows), logits=False).hidden
     last = jnp.stack([hidden[i, len(text) - 1] for i, text in enumerate(texts)])
     logits = np.asarray(_model.output_logits(model.params, last), np.float64)
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)

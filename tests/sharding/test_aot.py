@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from devices import on_devices
+from gathered import assert_nothing_large, gathered
 from support import TINY
 
 from dsv4_jax.analysis.hardware import hardware
@@ -169,7 +170,8 @@ def compiled(*asked: tuple[str, str, dict[str, int], str | None]) -> list[Any]:
         chosen = find_strategy(strategy)
         setting = programs.Setting(ONE_BLOCK, mesh, chosen, MeshPartition(mesh, chosen), 8, 24)
         make = {"train": programs.train_program, "decode": programs.decode_program, "prefill": programs.prefill_program}
-        reports.append(as_json(compile_for(make[mode](setting), machine, mesh)))
+        found = compile_for(make[mode](setting), machine, mesh)
+        reports.append(as_json(found) | {"gathered": gathered(found.moved)})
     return reports
 
 
@@ -207,18 +209,41 @@ def test_the_cache_lies_with_its_rows(on_cpu):
         assert found["memory"]["parts"]["cache"] == whole + tables
 
 
-@pytest.mark.aot
-def test_decoding_compiles_for_a_tpu_slice():
-    (found,) = on_devices(1, compiled, ("decode", "expert-tensor", {"expert": 4}, "v5e:2x2"))
-    assert found["fits"] and found["chips"] == 4 and found["memory"]["program"] > 0
-    assert found["compiler_flops"] > 0
+def test_no_row_reads_the_cache_of_another_device(on_cpu):
+    """Rows lie over `data`; what travels along it in a step is at most a row's token."""
+    for found in on_cpu[1:]:
+        assert sum(one["bytes"] for one in found["sent"] if "data" in one["axes"]) <= 8 * 4, found["sent"]
 
 
 @pytest.mark.aot
-def test_decoding_compiles_for_gpus():
-    (found,) = on_devices(1, compiled, ("decode", "expert-tensor", {"expert": 4}, "h200:1x4"))
-    assert found["fits"] and found["chips"] == 4
-    assert {one["kind"] for one in found["sent"]} <= {"all-reduce", "all-gather"}
+@pytest.mark.parametrize("target", ["v5e:2x4", "h200:2x4"])
+def test_a_train_step_compiles_and_gathers_nothing_large(target):
+    (found,) = on_devices(1, compiled, ("train", "expert-fsdp", {"expert": 4, "fsdp": 2}, target))
+    assert found["fits"] and found["chips"] == 8 and found["memory"]["temporary"] > 0
+    assert {("all-to-all", "expert"), ("all-gather", "fsdp")} <= {(o["kind"], *o["axes"]) for o in found["sent"]}
+    assert found["gathered"]
+    assert_nothing_large(found["gathered"], ONE_BLOCK, 8, 24)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e:2x2", "h200:1x4"])
+@pytest.mark.parametrize(("mode", "tokens"), [("prefill", 24), ("decode", 1)])
+def test_serving_compiles_and_every_cache_stays_where_its_rows_are(target, mode, tokens):
+    """With `expert-data` tokens travel to the experts' devices, besides the router's matrix and the count of rounds."""
+    (found,) = on_devices(1, compiled, (mode, "expert-data", {"expert": 4}, target))
+    assert found["fits"] and found["chips"] == 4 and found["memory"]["temporary"] > 0
+    assert_nothing_large(found["gathered"], ONE_BLOCK, 8, tokens)
+    assert {shape[-2:] for shape in found["gathered"]} <= {(ONE_BLOCK.hidden_size, ONE_BLOCK.n_routed_experts)}
+    others = [one for one in found["sent"] if one["kind"] not in ("all-to-all", "all-gather")]
+    assert sum(one["bytes"] for one in others) <= 8, others
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e:2x2", "h200:1x4"])
+def test_decoding_a_few_sequences_sums_over_the_owners_of_experts(target):
+    (found,) = on_devices(1, compiled, ("decode", "expert-tensor", {"expert": 4}, target))
+    assert found["fits"] and {one["kind"] for one in found["sent"]} <= {"all-reduce", "all-gather"}
+    assert "h200" in target or (found["memory"]["program"] > 0 and found["compiler_flops"] > 0)
 
 
 @pytest.mark.slow

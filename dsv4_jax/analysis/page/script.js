@@ -20,8 +20,10 @@ const label = (i) => `${i} ${data.layers[i].name}`;
 // The state: one token and one layer, kept in the address so that a view can be shared.
 const asked = new URLSearchParams(location.hash.slice(1));
 const limit = (x, most, otherwise) => (Number.isInteger(x) && x >= 0 && x < most ? x : otherwise);
+const late = Math.floor(count * 0.75);
+const worded = data.tokens.findIndex((token, t) => t >= late && /\w{2}/.test(token));
 const state = {
-  token: limit(parseInt(asked.get("token")), count, Math.floor(count * 0.75)),
+  token: limit(parseInt(asked.get("token")), count, worded < 0 ? late : worded),
   layer: limit(parseInt(asked.get("layer")), data.layers.length, Math.min(1, data.layers.length - 1)),
 };
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -275,6 +277,5 @@ drawRecall();
 drawMixing();
 drawRounding();
 draw();
-reading[state.token].scrollIntoView({ block: "nearest" });
+for (const spans of [reading, colouring]) spans[state.token].scrollIntoView({ block: "center" });
 scrollTo(0, 0);
-if (asked.get("section")) at(asked.get("section")).scrollIntoView();

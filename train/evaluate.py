@@ -73,6 +73,11 @@ class Evaluator:
             found = {"heldout_answers": nats / max(sum(float(result["scored"]) for result in results), 1.0)}
         return found | _index_recall(results)
 
+    def index_recall(self, params: Any, documents: int | None = None) -> dict[str, float]:
+        """Only "index_recall": for models that attend sparsely, whose recall is of the dense attention's mass too."""
+        found = self.heldout(params, "dense", documents)
+        return {name: value for name, value in found.items() if name == "index_recall"}
+
     def recall(self, params: Any, attention: Attention, task: RecallTask, rows: int) -> RecallScore:
         """The long-range recall task on about `rows` documents."""
         assert isinstance(self.store, TokenStore)

@@ -205,6 +205,8 @@ class Evaluators:
         if self.run.recipe.data.task is not None:
             return measure_task(self.run, params, evaluator, stage, cadence.recall_rows)
         found = evaluator.heldout(params, attention, cadence.eval_documents)
+        if attention == "sparse" and self.run.config.has_indexer:
+            found |= evaluator.index_recall(params, cadence.eval_documents)
         if rows := self.run.recipe.recall_rows:
             score = evaluator.recall(params, attention, recall_task(self.run.recipe), rows)
             found["retrieval_accuracy"] = score.accuracy

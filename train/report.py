@@ -56,9 +56,8 @@ def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) ->
     found: dict[str, Any] = evaluator.heldout(params, attention, documents)
     if store.answers is None:
         found["xz_bpb"] = xz_bits_per_byte(store.heldout_bytes(documents))
-    if attention == "sparse" and run.config.has_indexer:  # the indexer's recall is of the dense attention's mass
-        dense = evaluator.heldout(params, "dense", recipe.cadence.eval_documents)
-        found |= {name: value for name, value in dense.items() if name == "index_recall"}
+    if attention == "sparse" and run.config.has_indexer:
+        found |= evaluator.index_recall(params, recipe.cadence.eval_documents)
     if recipe.recall_rows:
         task = recall_task(recipe)
         score = evaluator.recall(params, attention, task, 4 * recipe.recall_rows)

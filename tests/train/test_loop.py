@@ -86,6 +86,24 @@ def test_a_run_leaves_its_log_pictures_and_summary(finished):
     assert 0 < summary["index_recall"] <= 1 and 0 <= summary["retrieval_accuracy"] <= 1
 
 
+MEASURED = {
+    *("loss", "ce", "mtp", "balance", "index_kl", "index_recall", "heldout_bpb", "retrieval_accuracy", "lr"),
+    *("load_max_over_mean", "load_entropy", "dead_experts", "hc_row_error", "hc_col_error", "grad_norm"),
+    *("update_rms_muon", "update_rms_adamw", "tokens_per_s", "mfu"),
+}
+
+
+def test_the_log_and_tensorboard_hold_every_measurement(finished):
+    folder, _ = finished
+    lines = read_metrics(folder / "metrics.jsonl")
+    logged = {name for line in lines for name, value in line.items() if isinstance(value, float)}
+    assert logged >= MEASURED
+    events = b"".join(path.read_bytes() for path in (folder / "tensorboard").iterdir())
+    assert {name for name in MEASURED if name.encode() not in events} == set()
+    evaluated = [line for line in lines if "heldout_bpb" in line]  # both within the sparse stage
+    assert [0 < line["index_recall"] <= 1 for line in evaluated] == [True, True]
+
+
 def test_held_out_bits_per_byte_equal_a_direct_sum_over_the_text(finished, home, recipe):
     """One document, token by token, from the logits of the saved checkpoint."""
     store = prepare(recipe.data.corpus, "bytes", cache=home / "cache")

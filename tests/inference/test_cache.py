@@ -252,11 +252,11 @@ REPEATED = TINY.replace(
 )  # fmt: skip
 
 
-def compiled_decode(config, arrange, format, columns, blocks):
-    """A decode step of two sequences with a donated cache of that many table columns and blocks, compiled only."""
+def compiled_decode(config, arrange, format, columns, blocks, chunk=1):
+    """A step of two sequences with a donated cache of that many table columns and blocks, compiled only."""
     params = jax.eval_shape(lambda: arrange(weights.init(config, jax.random.key(0))))
     cache = jax.eval_shape(lambda: kv_cache.init_cache(config, 2, 12 * columns, format, blocks))
-    tokens, counts = jax.ShapeDtypeStruct((2, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    tokens, counts = jax.ShapeDtypeStruct((2, chunk), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     step = lambda p, t, c, n: model.forward(config, p, t, cache=c, counts=n)  # noqa: E731
     return cache.pools, jax.jit(step, donate_argnums=2).lower(params, tokens, cache, counts).compile()
 
@@ -279,6 +279,16 @@ def test_pools_are_written_in_place_and_neither_memory_nor_work_follows_the_capa
     assert "scatter" in made and made <= {"parameter", "scatter", "fusion", "get-tuple-element", "bitcast"}
     # Work inside the loops over tiles counts once here, and runs for the tokens seen: see the next test.
     assert large.cost_analysis()["flops"] < 1.01 * small.cost_analysis()["flops"]
+
+
+def test_mistake_18_the_memory_of_a_prefill_follows_its_chunk_and_not_the_context():
+    # 192,000 tokens are 48,000 keys: index scores of all of them for 2 x 64 queries and 3 heads would take 74 MB.
+    needed = {}
+    for chunk, columns in ((64, 4000), (64, 16000), (256, 16000)):
+        _, compiled = compiled_decode(TINY, lambda params: params, "float32", columns, 1000, chunk)
+        needed[chunk, columns] = compiled.memory_analysis().temp_size_in_bytes
+    assert needed[64, 16000] - needed[64, 4000] <= 4 * 12000 * 4  # rows of block numbers
+    assert needed[64, 16000] < 40e6 and needed[256, 16000] < 4.4 * needed[64, 16000], needed
 
 
 def test_only_the_pages_of_the_tokens_seen_are_touched(tiny):

@@ -19,7 +19,7 @@ from train.data.tasks.score import window_reach
 from train.loop import train
 from train.recipe import Recipe, RecipeError, recipe_to_json
 from train.recipe_json import read_json
-from train.run_folder import RunFolder, differences
+from train.run_folder import RunFolder, differences, fixed
 
 Result = dict[str, Any]
 """Of a variant: "variant", "about", "parameters", "runs" (the summaries of its seeds)."""
@@ -123,7 +123,7 @@ def _check(base: Recipe, recipes: dict[tuple[str, int], Recipe], root: Path) -> 
         recipe.check()
     record, new = root / "ablation.json", recipe_to_json(base)
     if record.is_file():
-        if changed := sorted(differences(read_json(record), new)):
+        if changed := sorted(differences(fixed(read_json(record)), fixed(new))):
             raise RecipeError(f"{root} holds an ablation of another recipe:\n  " + "\n  ".join(changed))
     elif root.exists() and any(root.iterdir()):
         raise RecipeError(f"{root} holds files but no ablation.json: give another --out")

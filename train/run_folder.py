@@ -40,7 +40,7 @@ class RunFolder:
         if not self.recipe.is_file():
             raise RecipeError(f"{self.root} holds files but no recipe.json, so it is no run: give another --out")
         old, new = read_json(self.recipe), recipe_to_json(recipe)
-        if changed := sorted(differences(_fixed(old), _fixed(new))):
+        if changed := sorted(differences(fixed(old), fixed(new))):
             raise RecipeError(
                 f"{self.root} holds a run with other settings, and nothing is overwritten:\n  "
                 + "\n  ".join(changed)
@@ -75,7 +75,8 @@ class RunFolder:
             draft.replace(self.root / name)  # a kill leaves the old file or the new one
 
 
-def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+def fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's JSON without the settings that are `FREE`."""
     return {name: value for name, value in recipe.items() if name not in FREE}
 
 

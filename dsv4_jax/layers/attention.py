@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config, LayerSpec
-from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands, index_loss, index_topk
+from dsv4_jax.kernels.indexer_topk import CANDIDATES, IndexOperands, PagedOperands, Search, index_loss, index_topk
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention import gather_attention, merge, range_attention, window_attention
 from dsv4_jax.layers.compressor import Compressor
@@ -21,15 +21,16 @@ from dsv4_jax.layers.parameters import normal, parameter
 from dsv4_jax.layers.rotary import Rotation, rotate
 from dsv4_jax.observer import NOBODY as UNOBSERVED
 from dsv4_jax.observer import Attended, Observer
-from dsv4_jax.quantization.policy import Policy
+from dsv4_jax.quantization.policy import INDEX_SCORE, Policy
 
-Mode = Literal["dense", "sparse"]
+Mode = Literal["dense", "sparse", "approximate"]
 
 
 class AttentionOptions(NamedTuple):
     """What a forward asks of attention; static.
 
-    mode: "sparse" attends the entries that the indexer chooses, "dense" all visible ones.
+    mode: "sparse" attends the entries that the indexer chooses, "dense" all visible ones; "approximate" those
+        that it chooses in two levels (`indexer_topk.Search`).
     index_loss: also compute the indexer's loss, over the entries that are attended.
     policy: the precision policy.
     observer: sees what the layers computed with.
@@ -152,7 +153,7 @@ class Attention(nnx.Module):
             return None, None, past
         # Rows with no more entries than top-k attend them all: choosing would only reorder them.
         count = entries.capacity if isinstance(entries, Pages) else entries.shape[1]
-        sparse = options.mode == "sparse" and count > self.config.index_topk
+        sparse = options.mode != "dense" and count > self.config.index_topk
         if past is None and not sparse and not options.index_loss:
             return None, None, past
         with jax.named_scope("index"):
@@ -162,7 +163,9 @@ class Attention(nnx.Module):
                 operands, past = self.indexer.extend(x, qr, rope, blocks, options.policy, past)
             if not sparse:
                 return None, operands, past
-            record["selected"] = index_topk(operands, blocks.lo, blocks.hi, self.config.index_topk)
+            candidates = CANDIDATES if options.mode == "approximate" else 0
+            search = Search(INDEX_SCORE in options.policy.rounding, candidates)
+            record["selected"] = index_topk(operands, blocks.lo, blocks.hi, self.config.index_topk, search)
             return record["selected"], operands, past
 
     def _project(self, out: jax.Array, rope: Rotation, policy: Policy) -> jax.Array:

@@ -13,7 +13,7 @@ from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.facts import Fact
 from dsv4_jax.quantization.formats import FP4_BLOCK, TILE
-from dsv4_jax.quantization.rounding import Rounding
+from dsv4_jax.quantization.rounding import Rounding, bf16
 from dsv4_jax.quantization.storage import FP8_BLOCK
 
 # What layers ask while they run: inputs of the quantised products, stored entries, the indexer's operands.
@@ -21,6 +21,8 @@ ACTIVATIONS = ("attn_input", "shared_input", "expert_input", "mtp_input", "kv_en
 # The matrices that the release stores quantised; rounded all at once, before a forward.
 WEIGHTS = ("attn_weight", "indexer_weight", "shared_weight", "expert_weight", "mtp_weight")
 ROLES = ACTIVATIONS + WEIGHTS
+# How index scores are compared, in float32 or BF16. No named policy says: what kernels do inside is no array to round.
+INDEX_SCORE = "index_score"
 VECTOR = (1, 128)  # numbers of an FP8 activation that share a scale
 
 NAMED = {"none": {}, "fp8": dict.fromkeys(ROLES, "fp8")}
@@ -41,8 +43,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         """Refuse unknown roles: a policy that never acts must not look switched on."""
-        if unknown := set(self.rounding) - set(ROLES):
-            raise ValueError(f"precision policy names the roles {sorted(unknown)}; the model has {', '.join(ROLES)}")
+        if unknown := set(self.rounding) - {*ROLES, INDEX_SCORE}:
+            known = ", ".join((*ROLES, INDEX_SCORE))
+            raise ValueError(f"precision policy names the roles {sorted(unknown)}; the model has {known}")
 
     def __call__(self, role: str, x: jax.Array) -> jax.Array:
         """`x` rounded as the role's format asks, or x itself."""
@@ -110,7 +113,8 @@ def precision_policy(text: str, config: DeepseekV4Config) -> Policy:
 
     Args:
         text: "none"; "fp8", everything that the release quantises in FP8; "v4", the same with experts and the indexer's
-            queries and keys in FP4. Single roles can differ: "v4,kv_entry=none", "none,expert_weight=fp4".
+            queries and keys in FP4. Single roles can differ: "v4,kv_entry=none", "none,expert_weight=fp4",
+            "v4,index_score=bf16".
         config: gives the number of rotary dims, which stay BF16 in entries.
 
     Raises:
@@ -122,10 +126,11 @@ def precision_policy(text: str, config: DeepseekV4Config) -> Policy:
     formats = dict(NAMED[name])
     for change in changes:
         role, _, chosen = change.partition("=")
-        if role not in ROLES or chosen not in ("none", "fp8", "fp4"):
+        allowed = {INDEX_SCORE: ("none", "bf16")} | dict.fromkeys(ROLES, ("none", "fp8", "fp4"))
+        if chosen not in allowed.get(role, ()):
             raise UserError(
                 f"precision policy {text!r}: {change!r} is not ROLE=FORMAT with a role of {', '.join(ROLES)} and a "
-                "format of none, fp8, fp4"
+                f"format of none, fp8, fp4, or {INDEX_SCORE}=bf16"
             )
         formats[role] = chosen
     if formats.get("kv_entry", "none") != "none" and config.head_dim <= config.qk_rope_head_dim:
@@ -136,8 +141,10 @@ def precision_policy(text: str, config: DeepseekV4Config) -> Policy:
     return Policy({role: _rounding(role, chosen, config) for role, chosen in formats.items() if chosen != "none"})
 
 
-def _rounding(role: str, chosen: Any, config: DeepseekV4Config) -> Rounding:
+def _rounding(role: str, chosen: Any, config: DeepseekV4Config) -> Callable[[jax.Array], jax.Array]:
     """How a role is rounded. Matrices are [in, out]: the FP4 blocks of the release run along their inputs."""
+    if role == INDEX_SCORE:
+        return bf16
     fp8 = chosen == "fp8"
     if role in WEIGHTS:
         return Rounding(chosen, TILE if fp8 else (FP4_BLOCK, 1))

@@ -52,14 +52,18 @@ class Rounding:
         return _straight_through(self, x)
 
 
+def bf16(x: jax.Array) -> jax.Array:
+    """x rounded to BF16, in its dtype."""
+    # Not a cast: compilers may drop a pair of casts as excess precision, never this.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _straight_through(how: Rounding, x: jax.Array) -> jax.Array:
     if not how.plain:
         return _rounded(how, x)
     end = x.shape[-1] - how.plain
-    # Not a cast: compilers may drop a pair of casts as excess precision, never this.
-    plain = jax.lax.reduce_precision(x[..., end:], exponent_bits=8, mantissa_bits=7)
-    return jnp.concatenate([_rounded(how, x[..., :end]), plain], axis=-1)
+    return jnp.concatenate([_rounded(how, x[..., :end]), bf16(x[..., end:])], axis=-1)
 
 
 @_straight_through.defjvp

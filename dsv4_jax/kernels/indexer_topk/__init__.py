@@ -1,19 +1,42 @@
 """Index scores, the top-k of them, and the loss that teaches them."""
 
+from functools import partial
+
 import jax
 
-from dsv4_jax.kernels.indexer_topk import paged, xla
+from dsv4_jax.kernels.indexer_topk import paged, tpu, xla
 from dsv4_jax.kernels.indexer_topk.kl import IndexLoss, index_loss
-from dsv4_jax.kernels.indexer_topk.operands import IndexOperands, PagedOperands
+from dsv4_jax.kernels.indexer_topk.operands import CANDIDATES, EXACT, IndexOperands, PagedOperands, Search
+from dsv4_jax.kernels.platforms import by_platform
 
-__all__ = ["IndexLoss", "IndexOperands", "PagedOperands", "index_loss", "index_topk"]
+__all__ = ["CANDIDATES", "IndexLoss", "IndexOperands", "PagedOperands", "Search", "index_loss", "index_topk"]
 
 
-def index_topk(operands: IndexOperands | PagedOperands, lo: jax.Array, hi: jax.Array, k: int) -> jax.Array:
-    """The best k entries lo <= i < hi of each query [B, S, k], best first; see `xla.index_topk`.
+def index_topk(
+    operands: IndexOperands | PagedOperands, lo: jax.Array, hi: jax.Array, k: int, search: Search = EXACT
+) -> jax.Array:
+    """The best k entries lo <= i < hi of each query; no gradient passes.
 
-    The keys are a row's, [B, T, di], or in the pages of a cache, where sequences begin at entry 0.
+    Args:
+        operands: of the index scores. The keys are a row's, [B, T, di], or in the pages of a cache, where sequences
+            begin at entry 0.
+        lo: first visible entry [B, S].
+        hi: one past the last visible entry [B, S].
+        k: how many to choose.
+        search: exact or not; static.
+
+    Returns:
+        int32 [B, S, min(k, T)], -1 where fewer are visible. Of equal scores the earlier entry is the better. The order
+        is the backend's: best first in XLA, by position from the TPU kernel.
     """
     if isinstance(operands, PagedOperands):
-        return paged.index_topk(*operands, hi, min(k, operands.pages.capacity))
-    return xla.index_topk(operands, lo, hi, k)
+        return paged.index_topk(*operands, hi, min(k, operands.pages.capacity), search)
+    # The barrier ties the bounds to the operands. By themselves they are the same in every layer of a scan, and its
+    # differentiation would compute their masks, queries x entries, before the loop and keep them.
+    operands, lo, hi = jax.lax.optimization_barrier(jax.lax.stop_gradient((operands, lo, hi)))
+    kernel = partial(_over, tpu.index_topk, k, search) if tpu.supports(operands) else None
+    return by_platform(*operands, lo, hi, xla=partial(_over, xla.index_topk, k, search), tpu=kernel)
+
+
+def _over(backend, k, search, queries, keys, weights, lo, hi) -> jax.Array:
+    return backend(IndexOperands(queries, keys, weights), lo, hi, k, search)

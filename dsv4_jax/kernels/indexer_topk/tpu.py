@@ -1,0 +1,280 @@
+"""Top-k on a TPU: a few queries' scores of all entries lie in VMEM, where the best are found by counting.
+
+A step of the grid takes QUERIES queries. Tiles of keys arrive by DMA, two buffers in turns, and each tile's scores go
+to VMEM as integers of the same order: 8 MiB for 8 queries over 262,144 entries. The k-th largest is then found by
+bisection: each pass counts the entries that reach a number, for all queries at once, and at most 32 passes part any two
+floats. Where several entries have exactly the k-th largest score, a second bisection, over positions, finds up to where
+they are taken. Nothing is sorted.
+
+Their positions are collected by products with ones and zeros, since nothing can be scattered: in a group of 128 x 128
+entries prefix sums say which row of 128 holds the j-th chosen one, a product fetches that row, and prefix sums along it
+say which of its places. All numbers in these products are at most 128, which BF16 holds exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv4_jax.kernels.indexer_topk.operands import EXACT, IndexOperands, Search
+
+LANES = 128
+QUERIES = 8  # per step of the grid: one vector register holds 128 scores of each
+TILE = 1024  # keys per DMA
+CHUNKS = 16  # of 128 scores of each query that a counting pass takes at once
+GROUP = LANES * LANES  # entries whose chosen ones are collected together
+HEADS = 16  # heads are padded to whole tiles of BF16
+VMEM_BYTES = 48 << 20
+UNSEEN = -(1 << 31)  # in place of the score of an entry that a query may not see
+MOST_ENTRIES = 1 << 19  # whose scores VMEM has room for
+
+
+def supports(operands: IndexOperands) -> bool:
+    """Whether the kernel takes these operands: queries and keys both in BF16 or float32, not too many keys."""
+    dtype = operands.queries.dtype
+    known = dtype == operands.keys.dtype and dtype in (jnp.bfloat16, jnp.float32)
+    return known and operands.keys.shape[1] <= MOST_ENTRIES
+
+
+def index_topk(
+    operands: IndexOperands, lo: jax.Array, hi: jax.Array, k: int, search: Search = EXACT, interpret: Any = False
+) -> jax.Array:
+    """The k best entries lo <= i < hi of each query, ties to the earlier one; see `xla.index_topk`.
+
+    Args:
+        operands: of dtypes that `supports` takes.
+        lo: first visible entry [B, S].
+        hi: one past the last visible entry [B, S].
+        k: how many to choose.
+        search: exact also where it need not be: looking for the best costs little beside their scores.
+        interpret: False on a TPU; True or `pltpu.InterpretParams()` elsewhere.
+
+    Returns:
+        int32 [B, S, min(k, T)], in the order of their positions, then -1 where fewer are visible.
+    """
+    (batch, length), entries = lo.shape, operands.keys.shape[1]
+    k = min(k, entries)
+    queries, keys, weights = _padded(operands)
+    bounds = _bounds(lo, jnp.minimum(hi, entries))
+    *_, heads, width = queries.shape
+    steps, pieces, chunks = queries.shape[1] // QUERIES, -(-k // LANES), -(-entries // GROUP) * LANES
+    rows = lambda *last: pl.BlockSpec((1, QUERIES, *last), lambda b, i: (b, i, *(0 for _ in last)))  # noqa: E731
+    chosen = pl.pallas_call(
+        functools.partial(_choose, k=k, bf16=search.bf16),
+        grid=(batch, steps),
+        in_specs=[
+            pl.BlockSpec((1, 1, 2, QUERIES), lambda b, i: (b, i, 0, 0), memory_space=pltpu.SMEM),
+            rows(heads, width),
+            rows(heads),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=pl.BlockSpec((1, 1, pieces, QUERIES, LANES), lambda b, i: (b, i, 0, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((batch, steps, pieces, QUERIES, LANES), jnp.int32),
+        scratch_shapes=[
+            pltpu.VMEM((2, TILE, width), keys.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.VMEM((QUERIES * heads, LANES), jnp.float32),
+            pltpu.VMEM((chunks * QUERIES, LANES), jnp.int32),
+            pltpu.VMEM((2, QUERIES, LANES), jnp.int32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
+        interpret=interpret,
+        name="index_topk",
+    )(bounds, queries, weights, keys)
+    return chosen.swapaxes(2, 3).reshape(batch, steps * QUERIES, -1)[:, :length, :k]
+
+
+def _choose(
+    bounds_ref, q_ref, weights_ref, keys_ref, out_ref, tiles, arrived, heads_ref, scores_ref, limits_ref, *, k, bf16
+):
+    """QUERIES queries of one row."""
+    lo, hi = ([bounds_ref[0, 0, i, t] for t in range(QUERIES)] for i in (0, 1))
+    first, last = functools.reduce(jnp.minimum, lo), functools.reduce(jnp.maximum, hi)
+    groups = jax.lax.div(first, GROUP), _reaching(last, GROUP)
+    out_ref[...] = jnp.full(out_ref.shape, -1, jnp.int32)
+
+    def forget(i, _):
+        scores_ref[_chunks(i * CHUNKS, CHUNKS)] = jnp.full((CHUNKS * QUERIES, LANES), UNSEEN, jnp.int32)
+        return _
+
+    blocks = groups[0] * (LANES // CHUNKS), groups[1] * (LANES // CHUNKS)
+    jax.lax.fori_loop(*blocks, forget, 0)
+    tiles_of = jax.lax.div(first, TILE), _reaching(last, TILE)
+    seen = lambda index: (index >= _column(lo)) & (index < _column(hi))  # noqa: E731
+    _score(*tiles_of, seen, q_ref, weights_ref, keys_ref, tiles, arrived, heads_ref, scores_ref, bf16)
+    limits_ref[0], limits_ref[1] = _limits(scores_ref, *blocks, k)
+    jax.lax.fori_loop(0, QUERIES, lambda t, _: _collect(t, *groups, scores_ref, limits_ref, out_ref, k), 0)
+
+
+def _score(start, stop, seen, q_ref, weights_ref, keys_ref, tiles, arrived, heads_ref, scores_ref, bf16) -> None:
+    """Ordered scores of the key tiles start <= i < stop."""
+    row, (queries, heads, width) = pl.program_id(0), q_ref.shape[1:]
+    for t in range(queries):  # a weight for every number of a row of products
+        column = weights_ref[0, pl.ds(t, 1)].reshape(heads, 1)
+        heads_ref[pl.ds(t * heads, heads)] = jnp.broadcast_to(column, (heads, LANES))
+    q = q_ref[0].reshape(queries * heads, width)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def fetch(i):
+        source = keys_ref.at[row, pl.ds(i * TILE, TILE)]
+        return pltpu.make_async_copy(source, tiles.at[i % 2], arrived.at[i % 2])
+
+    def one(i, _):
+        pl.when(i + 1 < stop)(lambda: fetch(i + 1).start())
+        fetch(i).wait()
+        products = jax.lax.dot_general(
+            q, tiles[i % 2], (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+        for c in range(TILE // LANES):
+            part = jnp.maximum(products[:, c * LANES : (c + 1) * LANES], 0.0) * heads_ref[...]
+            scores = part.reshape(queries, heads, LANES).sum(1)
+            index = i * TILE + c * LANES + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            ordered = jnp.where(seen(index), _ordered(scores, bf16), UNSEEN)
+            scores_ref[_chunks(i * (TILE // LANES) + c)] = ordered
+        return _
+
+    pl.when(start < stop)(lambda: fetch(start).start())
+    jax.lax.fori_loop(start, stop, one, 0)
+
+
+def _limits(scores_ref, start, stop, k):
+    """Of each query the k-th largest score, and the position below which entries with just that score are taken.
+
+    Args:
+        scores_ref: ordered scores.
+        start: first block of CHUNKS x 128 entries.
+        stop: one past the last.
+        k: how many are chosen.
+    """
+    beyond = stop * (CHUNKS * LANES)
+
+    def count(reaches):
+        def one(i, total):
+            scores = scores_ref[_chunks(i * CHUNKS, CHUNKS)].reshape(CHUNKS, QUERIES, LANES)
+            place = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 2))
+            index = i * (CHUNKS * LANES) + next(place) * LANES + next(place)
+            return total + reaches(scores, index).astype(jnp.int32).sum(0)
+
+        total = jax.lax.fori_loop(start, stop, one, jnp.zeros((QUERIES, LANES), jnp.int32))
+        return jnp.broadcast_to(total.sum(1, keepdims=True), total.shape)
+
+    full = functools.partial(jnp.full, (QUERIES, LANES), dtype=jnp.int32)
+    visible = count(lambda score, index: score > UNSEEN)
+    # At least k entries reach `low` (all visible ones where they are fewer), fewer than k reach `high`.
+    low, high, reach, above = _bisect(
+        lambda mid: count(lambda score, index: score >= mid), k, full(UNSEEN + 1), full((1 << 31) - 1), visible
+    )
+    ties = jnp.where(reach > k, k - above, 0)
+    # At least `ties` of the tied entries lie below `end`: bisection over -end, so that more are found as it sinks.
+    end, *_ = _bisect(
+        lambda mid: count(lambda score, index: (score == low) & (index < -mid)), ties, -full(beyond),
+        full(0), jnp.where(reach > k, reach - above, 0),
+    )  # fmt: skip
+    return low, jnp.where(reach > k, -end, beyond)
+
+
+def _bisect(count, wanted, low, high, reach):
+    """The largest `low` with count(low) >= wanted, or any whose count is just that; all [QUERIES, 128].
+
+    Returns:
+        low; high, the smallest number known to have less; their counts.
+    """
+
+    def unfinished(state):
+        low, high, reach, _ = state
+        return jnp.max(jnp.where((reach > wanted) & (high - 1 > low), 1, 0)) > 0
+
+    def halve(state):
+        low, high, reach, above = state
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        found = count(middle)
+        up = found >= wanted
+        pick = lambda a, b: jnp.where(up, a, b)  # noqa: E731
+        return pick(middle, low), pick(high, middle), pick(found, reach), pick(above, found)
+
+    return jax.lax.while_loop(unfinished, halve, (low, high, reach, jnp.zeros_like(low)))
+
+
+def _collect(t, start, stop, scores_ref, limits_ref, out_ref, k):
+    """Write the positions of query t's chosen entries in the groups start <= i < stop."""
+    least, end = limits_ref[0, pl.ds(t, 1)], limits_ref[1, pl.ds(t, 1)]
+    square = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis)  # noqa: E731
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    ones = jnp.ones((LANES, LANES), jnp.bfloat16)
+    until = (square(0) >= square(1)).astype(jnp.float32).astype(jnp.bfloat16)
+
+    def one(group, taken):
+        scores = scores_ref[pl.ds(group * LANES * QUERIES + t, LANES, stride=QUERIES), :]
+        index = group * GROUP + square(0) * LANES + square(1)
+        chosen = (scores > least) | ((scores == least) & (index < end))
+        chosen = chosen.astype(jnp.float32).astype(jnp.bfloat16)  # [row, place]
+        of_row = product(chosen, ones, (((1,), (0,)), ((), ())))  # how many, the same in every column
+        after = product(until, of_row.astype(jnp.bfloat16), (((1,), (0,)), ((), ()))).astype(jnp.int32) + taken
+        before = after - of_row.astype(jnp.int32)
+
+        def write(i, _):
+            number = i * LANES + square(1)  # [row, slot]: the slot's number in the output
+            holds = (before <= number) & (number < after)
+            total = lambda x: jnp.where(holds, x, 0).sum(0, keepdims=True)  # noqa: E731
+            row, rank, found = total(square(0)), total(number - before), total(1)
+            held = holds.astype(jnp.float32).astype(jnp.bfloat16)
+            places = product(chosen, held, (((0,), (0,)), ((), ())))  # [place, slot] of the slot's row
+            reached = product(until, places.astype(jnp.bfloat16), (((1,), (0,)), ((), ()))).astype(jnp.int32)
+            place = (reached <= rank).astype(jnp.int32).sum(0, keepdims=True)
+            at = 0, 0, i, pl.ds(t, 1)
+            out_ref[at] = jnp.where(found > 0, group * GROUP + row * LANES + place, out_ref[at])
+            return _
+
+        total = jnp.max(after)
+        jax.lax.fori_loop(jax.lax.div(taken, LANES), _reaching(total, LANES), write, 0)
+        return total
+
+    return jax.lax.fori_loop(start, stop, one, 0)
+
+
+def _ordered(scores, bf16):
+    """Float32, rounded to BF16 if asked, as int32 of the same order; both zeros become 0."""
+    bits = pltpu.bitcast(jnp.where(scores == 0, 0.0, scores), jnp.int32)
+    if bf16:  # to nearest, ties to even
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _reaching(count, size):
+    """Pieces of `size` that hold `count`."""
+    return jax.lax.div(count + (size - 1), size)
+
+
+def _chunks(i, count=1):
+    """Where the scores of entries 128 i .. 128 (i + count) lie: for each 128 of them a row for each query."""
+    return pl.ds(pl.multiple_of(i * QUERIES, QUERIES), count * QUERIES)
+
+
+def _column(numbers):
+    """QUERIES scalars as [QUERIES, 128], a row each."""
+    query = jax.lax.broadcasted_iota(jnp.int32, (QUERIES, LANES), 0)
+    column = jnp.zeros((QUERIES, LANES), jnp.int32)
+    for t, number in enumerate(numbers):
+        column = jnp.where(query == t, number, column)
+    return column
+
+
+def _bounds(lo: jax.Array, hi: jax.Array) -> jax.Array:
+    """[B, S] each -> [B, steps, 2, QUERIES]; queries that are padding see nothing new: they repeat the last."""
+    both = jnp.pad(jnp.stack([lo, hi], -1), ((0, 0), (0, -lo.shape[1] % QUERIES), (0, 0)), mode="edge")
+    return both.astype(jnp.int32).reshape(lo.shape[0], -1, QUERIES, 2).swapaxes(2, 3)
+
+
+def _padded(operands: IndexOperands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries to whole steps, heads and widths to whole tiles, keys to whole tiles of them; zeros add nothing."""
+    queries, keys, weights = operands
+    _, length, heads, width = queries.shape
+    more, wide, above = -length % QUERIES, -width % LANES, -heads % HEADS
+    queries = jnp.pad(queries, ((0, 0), (0, more), (0, above), (0, wide)))
+    keys = jnp.pad(keys, ((0, 0), (0, -keys.shape[1] % TILE), (0, wide)))
+    return queries, keys, jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, more), (0, above)))

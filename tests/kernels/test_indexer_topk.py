@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_jax.kernels import chunks
-from dsv4_jax.kernels.indexer_topk import IndexOperands, index_loss, index_topk, reference, xla
+from dsv4_jax.kernels.indexer_topk import IndexOperands, index_loss, index_topk, kl, reference, xla
 
 property_test = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 
@@ -89,10 +89,11 @@ def loss_by_hand(operands, q, entries, elsewhere, compared, k, cotangent):
     return kl, recall, gradients
 
 
-@pytest.mark.parametrize("budget", [1, 300, 1 << 22])
+@pytest.mark.parametrize(("budget", "tile"), [(1, 4), (300, 2048), (1 << 22, 3)])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_the_index_loss_is_its_formula_and_so_are_its_gradients(monkeypatch, sparse, budget):
+def test_the_index_loss_is_its_formula_and_so_are_its_gradients(monkeypatch, sparse, budget, tile):
     monkeypatch.setattr(chunks, "SCORE_ELEMENTS", budget)
+    monkeypatch.setattr(kl, "ENTRY_TILE", tile)
     rng = np.random.default_rng(3)
     operands, lo, hi = random_case(rng, 2, 11, 9)
     q, entries = 2 * rng.normal(size=(2, 11, 4, 6)), rng.normal(size=(2, 9, 6))
@@ -113,8 +114,8 @@ def test_the_index_loss_is_its_formula_and_so_are_its_gradients(monkeypatch, spa
     gradients, ours = jax.jit(jax.grad(weighted, has_aux=True))(
         IndexOperands(*f32(*operands)), *f32(cotangent, q, entries, joint)
     )
-    kl, recall, expected = loss_by_hand(operands, q, entries, elsewhere, compared, k, cotangent)
-    np.testing.assert_allclose(ours.kl, kl, rtol=1e-4, atol=2e-5)
+    divergence, recall, expected = loss_by_hand(operands, q, entries, elsewhere, compared, k, cotangent)
+    np.testing.assert_allclose(ours.kl, divergence, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(ours.recall, recall, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(ours.counts, [[len(seen) > 0 for seen in row] for row in compared])
     for ours_, theirs in zip(gradients, expected, strict=True):

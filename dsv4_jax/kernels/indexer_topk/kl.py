@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.indexer_topk.operands import IndexOperands
 
+ENTRY_TILE = 2048
+
 
 class IndexLoss(NamedTuple):
     """Per token [B, S]: the divergence, the share of attention mass on the chosen entries, and whether it counts.
@@ -41,35 +43,73 @@ def index_loss(
         k: top-k whose recall is measured in the dense case; 0 when `choice` holds chosen indices.
     """
     q, entries, lse = jax.lax.stop_gradient((q, entries, lse))
-    width = choice.shape[-1] if not k else entries.shape[1]
-    per_query = width * max(q.shape[2], operands.weights.shape[-1], *(() if k else (entries.shape[-1],)))
+    if k:
+        return _over_visible(operands, q, entries, lse, choice, scale, k)
+    return _over_chosen(operands, q, entries, lse, choice, scale)
+
+
+def _over_chosen(operands, q, entries, lse, choice, scale) -> IndexLoss:
+    """The loss over chosen entries: queries in chunks, which gather theirs."""
+    per_query = choice.shape[-1] * max(q.shape[2], operands.weights.shape[-1], entries.shape[-1])
     chunk = chunk_length(q.shape[1], q.shape[0] * per_query)
+    take = jax.vmap(lambda row, index: row[index])
 
     @jax.checkpoint
     def one(args: tuple[jax.Array, ...]) -> IndexLoss:
         q, lse, choice, queries, weights = args
-        if k:
-            index = jnp.arange(entries.shape[1])
-            seen = (index >= choice[..., :1]) & (index < choice[..., 1:])
-            return _divergence(IndexOperands(queries, operands.keys, weights), q, entries, lse, seen, scale, k)
-        take = jax.vmap(lambda row, index: row[index])
-        at = jnp.maximum(choice, 0)
-        chosen = IndexOperands(queries, take(operands.keys, at), weights)
-        return _divergence(chosen, q, take(entries, at), lse, choice >= 0, scale, k)
+        at, seen = jnp.maximum(choice, 0), choice >= 0
+        mass = mass_of(q, take(entries, at), lse, seen, scale)
+        scores = IndexOperands(queries, take(operands.keys, at), weights).scores()
+        return _divergence(mass, scores, seen, 0)
 
-    chunks = split((q, lse, choice, operands.queries, operands.weights), chunk)
-    if not k:  # a padded query must see nothing; a padded range (0, 0) already does
-        chunks = (*chunks[:2], split(choice, chunk, fill=-1), *chunks[3:])
-    return join(jax.lax.map(one, chunks), q.shape[1])
+    chunks = split((q, lse), chunk), split(choice, chunk, fill=-1), split((operands.queries, operands.weights), chunk)
+    return join(jax.lax.map(one, (*chunks[0], chunks[1], *chunks[2])), q.shape[1])
 
 
-def _divergence(operands, q, entries, lse, seen, scale, k) -> IndexLoss:
+def _over_visible(operands, q, entries, lse, bounds, scale, k) -> IndexLoss:
+    """The loss over visible entries: chunks of queries over tiles of entries; only in a tile are heads apart.
+
+    A chunk keeps two numbers for each of its queries' entries. The backward pass computes every tile again.
+    """
+    batch, length, heads, _ = q.shape
+    count = entries.shape[1]
+    tile = min(ENTRY_TILE, count)
+    tiles = split((operands.keys, entries), tile)  # each [tiles, B, tile, ..]
+    chunk = chunk_length(length, batch * (count + tile * max(heads, operands.weights.shape[-1])))
+
+    @jax.checkpoint
+    def one(args: tuple[jax.Array, ...]) -> IndexLoss:
+        q, lse, bounds, queries, weights = args
+
+        def seen_of(index: jax.Array) -> jax.Array:
+            return (index >= bounds[..., :1]) & (index < jnp.minimum(bounds[..., 1:], count))
+
+        @jax.checkpoint
+        def step(first: jax.Array, rows: tuple[jax.Array, jax.Array]):
+            keys, entries = rows
+            mass = mass_of(q, entries, lse, seen_of(first + jnp.arange(tile, dtype=jnp.int32)), scale)
+            return first + tile, (mass, IndexOperands(queries, keys, weights).scores())
+
+        _, found = jax.lax.scan(step, jnp.int32(0), tiles)
+        mass, scores = (jnp.moveaxis(x, 0, 2).reshape(*lse.shape[:2], -1) for x in found)  # [B, chunk, T]
+        return _divergence(mass, scores, seen_of(jnp.arange(mass.shape[-1], dtype=jnp.int32)), k)
+
+    chunks = split((q, lse, bounds, operands.queries, operands.weights), chunk)
+    return join(jax.lax.map(one, chunks), length)
+
+
+def mass_of(q, entries, lse, seen, scale) -> jax.Array:
+    """Attention probability of entries [B, n, K] (of all queries) or [B, S, n, K], summed over heads: [B, S, n]."""
     own = "bqnk" if entries.ndim == 4 else "bnk"
     logits = jnp.einsum(f"bqhk,{own}->bqhn", q, entries, preferred_element_type=jnp.float32) * scale
     mass = jnp.where(seen[..., None, :], jnp.exp(logits - lse[..., None]), 0.0).sum(2)
+    return jax.lax.stop_gradient(mass)
+
+
+def _divergence(mass, scores, seen, k) -> IndexLoss:
     counts = seen.any(-1)
-    p = jax.lax.stop_gradient(mass / jnp.where(counts, mass.sum(-1), 1.0)[..., None])
-    scores = jnp.where(seen, operands.scores(), -1e30)
+    p = mass / jnp.where(counts, mass.sum(-1), 1.0)[..., None]
+    scores = jnp.where(seen, scores, -1e30)
     log_q = jnp.where(seen, jax.nn.log_softmax(scores, axis=-1), 0.0)
     kl = jnp.where(counts, (jax.scipy.special.xlogy(p, p) - p * log_q).sum(-1), 0.0)
     return IndexLoss(kl, _recall(p, jax.lax.stop_gradient(scores), k) if k else counts.astype(jnp.float32), counts)

@@ -30,6 +30,7 @@ def traced(name, text, cached):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh", "cached"),
     [("long-context", "expert=2,context=4", False), ("expert-fsdp", "data=2,expert=2,fsdp=2", True)],

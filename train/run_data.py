@@ -7,7 +7,8 @@ from typing import Any
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
-from train.data.pipeline import BatchConfig, RowBatches, Rows, TrainBatches
+from train.data.batches import RowBatches
+from train.data.pipeline import BatchConfig, Rows, TrainBatches
 from train.data.retrieval import RecallTask
 from train.data.tasks.rows import TaskRows, TaskSource, task_batches
 from train.data.tokens import TokenStore, prepare

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.pipeline import RowBatches
+from train.data.batches import RowBatches
 from train.data.tasks import TASKS, TaskError, make_task
 from train.data.tasks.rows import TaskRows, TaskSource, evaluation_batches, task_batches
 from train.data.tasks.score import TaskScore, distance_edges

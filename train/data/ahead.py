@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any
 
 from dsv4_jax.errors import UserError
-from train.data.pipeline import Batch, RowBatches
+from train.data.batches import Batch, RowBatches
 
 
 class DataSourceError(UserError):

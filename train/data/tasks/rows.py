@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from train.data.batches import Batch, RowBatches
 from train.data.manifest import Manifest
-from train.data.pipeline import Batch, RowBatches
 from train.data.tasks.task import Task, TaskRow
 
 TASKS_VERSION = "1"

@@ -98,9 +98,9 @@ def with_ratio(kind: AttentionKind, ratio: int) -> Callable[[Recipe], Recipe]:
 def with_plan(recipe: Recipe, csa_per_hca: int) -> Recipe:
     """The article's plan at the depth that it needs: the sliding layers, `csa_per_hca` CSA layers and one HCA layer."""
     ratios = dict(_plan(recipe))
-    kinds: list[AttentionKind] = [kind for kind, _ in _plan(recipe) if kind == SLIDING]
-    kinds += [CSA] * csa_per_hca
-    kinds.append(HCA)
+    sliding: list[AttentionKind] = [SLIDING] * sum(kind == SLIDING for kind, _ in _plan(recipe))
+    sparse: list[AttentionKind] = [CSA] * csa_per_hca
+    kinds: tuple[AttentionKind, ...] = (*sliding, *sparse, HCA)
     deep = _with_plan(recipe, [(kind, ratios[kind]) for kind in kinds])
     planned = article_plan(deep.model.config, csa_per_hca)
     return _with_plan(recipe, [(spec.attention, spec.ratio) for spec in planned.layers])

@@ -14,7 +14,8 @@ from dsv4_jax import model
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.partition import ALONE, Partition
 from sharding.distributed import one_at_a_time
-from train.data.pipeline import Batch, bits_per_byte, heldout_batches
+from train.data.batches import Batch
+from train.data.pipeline import bits_per_byte, heldout_batches
 from train.data.retrieval import RecallScore, RecallTask, recall_batches
 from train.data.tasks import Task
 from train.data.tasks.rows import TaskSource, evaluation_batches

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv4_jax.kernels.platforms import partitioned_by_the_compiler
 from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
@@ -59,7 +60,8 @@ class MeshPartition(Partition):
         if past is None and any(self.mesh.shape[axis] > 1 for axis in self.strategy.activations.get("seq", ())):
             return *context_parallel.attention(self.mesh, self.strategy, layer, x, layout, options), None
         if self.mesh.shape[TENSOR] > 1 or not row_caches.stays_with_rows(past):
-            return super().attention(layer, x, layout, options, past)
+            with partitioned_by_the_compiler():
+                return super().attention(layer, x, layout, options, past)
         return row_caches.attention(self.mesh, PartitionSpec(*self._rows(x)[:1]), layer, x, layout, options, past)
 
     def token_sums(self, apply: Callable[..., jax.Array], whole: jax.Array, *tokens: jax.Array) -> jax.Array:

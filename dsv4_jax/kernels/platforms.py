@@ -18,6 +18,7 @@ from dsv4_jax.errors import UserError
 Platform = Literal["cpu", "tpu", "cuda"]
 CHOICES = ("auto", "xla")
 _elsewhere: ContextVar[Platform | None] = ContextVar("elsewhere", default=None)
+_partitioned: ContextVar[bool] = ContextVar("partitioned", default=False)
 
 
 @contextmanager
@@ -28,6 +29,24 @@ def compiling_for(platform: Platform) -> Iterator[None]:
         yield
     finally:
         _elsewhere.reset(token)
+
+
+@contextmanager
+def partitioned_by_the_compiler() -> Iterator[None]:
+    """Within this context arrays may be spread over devices by the compiler, which cannot cut a kernel into parts."""
+    token = _partitioned.set(True)
+    try:
+        yield
+    finally:
+        _partitioned.reset(token)
+
+
+def kernels_allowed() -> bool:
+    """Whether each device's operands are its own here, so that kernels can take them.
+
+    A gradient rule is traced later, elsewhere: it has to be told.
+    """
+    return not _partitioned.get()
 
 
 def by_platform(

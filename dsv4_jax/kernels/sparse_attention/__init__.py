@@ -10,8 +10,9 @@ import jax
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention import entries as rows
 from dsv4_jax.kernels.sparse_attention import paged
+from dsv4_jax.kernels.sparse_attention.entries import window_attention
 from dsv4_jax.kernels.sparse_attention.merge import merge
-from dsv4_jax.kernels.sparse_attention.xla import Branch, window_attention
+from dsv4_jax.kernels.sparse_attention.xla import Branch
 
 __all__ = ["gather_attention", "merge", "range_attention", "window_attention"]
 

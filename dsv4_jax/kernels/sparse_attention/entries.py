@@ -1,50 +1,108 @@
-"""Attention over compressed entries laid out in rows: one gradient rule, and a backend per platform."""
+"""Attention over entries laid out in rows: one gradient rule, and a backend per platform."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.platforms import by_platform
-from dsv4_jax.kernels.sparse_attention import tpu, xla
+from dsv4_jax.kernels.platforms import by_platform, kernels_allowed
+from dsv4_jax.kernels.sparse_attention import bands, tpu, tpu_range, xla
+from dsv4_jax.kernels.sparse_attention.bands import Band
 from dsv4_jax.kernels.sparse_attention.xla import Branch
+
+TILE, WINDOW_TILE = 512, 128  # entries of a tile where all, or only a window of them, are attended
 
 
 def range_attention(q: jax.Array, entries: jax.Array, lo: jax.Array, hi: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends every entry lo_t <= i < hi_t of `entries` [B, T, K]; lo, hi [B, S]."""
-    return _attend(q, entries, jnp.stack([lo, hi], axis=-1), scale, False)
+    return _attend(q, entries, jnp.stack([lo, hi], axis=-1), scale, Band(TILE), kernels_allowed())
 
 
 def gather_attention(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends the entries `indices[t]` of [B, T, K]; indices [B, S, k], -1 is unused."""
-    return _attend(q, entries, indices, scale, True)
+    return _attend(q, entries, indices, scale, None, kernels_allowed())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
-    return _forward(q, entries, choice, scale, gathered)
+def window_attention(
+    q: jax.Array,
+    kv: jax.Array,
+    segment_ids: jax.Array | None,
+    window: int,
+    scale: float,
+    positions: jax.Array | None = None,
+) -> Branch:
+    """Each query of q [B, S, H, K] attends the last `window` tokens of its own document; see `xla.window_attention`.
+
+    To the kernel of a TPU a window is a range of entries.
+    """
+    plain = lambda q, kv: xla.window_attention(q, kv, segment_ids, window, scale, positions)  # noqa: E731
+    if not (kernels_allowed() and tpu_range.supports(q, kv)):
+        return plain(q, kv)
+
+    def kernel(q: jax.Array, kv: jax.Array) -> Branch:
+        bounds = window_bounds(q.shape[0], q.shape[1], segment_ids, window, positions)
+        return _attend(q, kv, bounds, scale, window_band(window), True)
+
+    return by_platform(q, kv, xla=plain, tpu=kernel)
 
 
-def _forward(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, gathered: bool) -> Branch:
-    """`choice` [B, S, k] are the chosen entries of each query, or [B, S, 2] the range that it sees."""
-    static = {"scale": scale, "gathered": gathered}
-    kernel = partial(tpu.forward, scale=scale) if gathered and tpu.supports(q, entries) else None
-    return by_platform(q, entries, choice, xla=partial(xla.forward, **static), tpu=kernel)
+def window_band(window: int) -> Band:
+    """A tile of queries sees at most the windows of its first and its last query, and what lies between them."""
+    return Band(WINDOW_TILE, window - 1 + bands.QUERIES)
 
 
-def _attend_fwd(q, entries, choice, scale, gathered):
-    out, lse = _forward(q, entries, choice, scale, gathered)
+def window_bounds(
+    batch: int, length: int, segment_ids: jax.Array | None, window: int, positions: jax.Array | None
+) -> jax.Array:
+    """The entries lo_t <= i < hi_t that each query sees, [B, S, 2]: lo, hi. The arguments are `window_attention`'s."""
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    earlier = 0 if positions is None else window
+    if positions is None:
+        positions = index
+        if segment_ids is not None:
+            begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+            positions = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    lo = index + earlier - jnp.minimum(positions, window - 1)
+    return jnp.stack([lo, index + earlier + 1], axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, band: Band | None, kernels: bool):
+    return _forward(q, entries, choice, scale, band, kernels)
+
+
+def _forward(
+    q: jax.Array, entries: jax.Array, choice: jax.Array, scale: float, band: Band | None, kernels: bool
+) -> Branch:
+    """`choice` [B, S, k] are the chosen entries of each query; with a band [B, S, 2], the range that it sees."""
+    plain = partial(xla.forward, scale=scale, gathered=band is None)
+    return by_platform(q, entries, choice, xla=plain, tpu=_kernel("forward", q, entries, scale, band, kernels))
+
+
+def _attend_fwd(q, entries, choice, scale, band, kernels):
+    out, lse = _forward(q, entries, choice, scale, band, kernels)
     return (out, lse), (q, entries, choice, out, lse)
 
 
-def _attend_bwd(scale, gathered, saved, cotangents):
-    q, entries = saved[:2]
-    static = {"scale": scale, "gathered": gathered}
-    kernel = partial(tpu.backward, scale=scale) if gathered and tpu.supports(q, entries) else None
-    dq, d_entries = by_platform(*saved, *cotangents, xla=partial(xla.backward, **static), tpu=kernel)
+def _attend_bwd(scale, band, kernels, saved, cotangents):
+    kernel = _kernel("backward", saved[0], saved[1], scale, band, kernels)
+    plain = partial(xla.backward, scale=scale, gathered=band is None)
+    dq, d_entries = by_platform(*saved, *cotangents, xla=plain, tpu=kernel)
     return dq, d_entries, None
+
+
+def _kernel(
+    name: str, q: jax.Array, entries: jax.Array, scale: float, band: Band | None, kernels: bool
+) -> Callable[..., Any] | None:
+    """A TPU's kernel, `name` being "forward" or "backward", where there is one for these operands."""
+    backend = tpu if band is None else tpu_range
+    if not (kernels and backend.supports(q, entries)):
+        return None
+    return partial(getattr(backend, name), scale=scale, **({} if band is None else {"band": band}))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -4,9 +4,10 @@ An entry is shared by all heads, so one query's work is two products of [H, K] w
 enough for the matrix unit. What has to be hidden is the fetching. Entries stay in HBM; their numbers lie in scalar
 memory, from where each row's DMA is issued, and two buffers alternate between arriving and being used.
 
-A DMA moves whole tiles, and in an array [T, K] a row is no tile. The entries are therefore laid out as [T, words / 128,
-128] with 32 bits to a word: rows of their own. Two BF16 numbers share a word, those of places i and i + K / 2, which
-the kernel takes apart by a shift and a mask; no number moves between lanes.
+A DMA moves whole tiles, and in an array [T, K] a row is no tile. The entries are therefore laid out as [T, w, 1, 128]
+with 32 bits to a word, w rows of 128 words each, and arrive as planes [w, k, 1, 128]. Rows that are tiles lie one
+behind the other, so each plane is at once the dense matrix [k, 128]. Two BF16 numbers share a word, those of places i
+and i + K / 2, which the kernel takes apart by a shift and a mask; no number moves between lanes or sublanes.
 
 The backward pass computes the weights again from the saved log-sum-exp. The gradients of a query's chosen entries come
 out as rows, [k, K], and are added up in the order of queries by XLA's scatter: there are no atomic additions, and equal
@@ -30,7 +31,12 @@ LANES = 128
 QUERIES = 8  # per step of the grid; the first fetch of each step is not hidden
 BACKWARD_QUERIES = 64  # whose entries' gradients, [k, K] float32 each, exist at once
 NEVER = -1e30  # a score that no query sees; its weight is exactly zero
-VMEM_BYTES = 64 << 20
+UNROLL = 16  # row DMAs per step of the loop that issues them
+VMEM_BYTES = 56 << 20  # a tpu7x core has 64 MiB, and the compiler keeps some
+
+_COMPILER = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+)
 
 
 def supports(q: jax.Array, entries: jax.Array) -> bool:
@@ -52,16 +58,15 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
         Output [B, S, H, K] in q's dtype and log-sum-exp [B, S, H] float32, -inf where a query chose nothing.
     """
     length, width = q.shape[1], q.shape[3]
-    q, words, indices = _padded(q, entries, indices)
+    q, words, chosen, choice = _padded(q, entries, indices)
     batch, slots, heads, k_width = q.shape
-    choices = indices.shape[-1]
     rows = lambda *last: pl.BlockSpec((1, QUERIES, *last), lambda b, i: (b, i, *(0 for _ in last)))  # noqa: E731
     out, lse = pl.pallas_call(
-        functools.partial(_attend, scale=scale, width=k_width, dtype=q.dtype),
+        functools.partial(_attend, scale=scale, dtype=q.dtype, interpreted=bool(interpret)),
         grid=(batch, slots // QUERIES),
         in_specs=[
-            pl.BlockSpec((1, QUERIES, choices), lambda b, i: (b, i, 0), memory_space=pltpu.SMEM),
-            rows(choices),
+            pl.BlockSpec((1, QUERIES, chosen.shape[-1]), lambda b, i: (b, i, 0), memory_space=pltpu.SMEM),
+            rows(choice.shape[-1]),
             rows(heads, k_width),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
@@ -70,15 +75,15 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, slots, heads), jnp.float32),
         ],
-        scratch_shapes=_buffers(choices, words),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
+        scratch_shapes=_buffers(choice.shape[-1], words),
+        compiler_params=_COMPILER,
         interpret=interpret,
         name="gather_attention",
-    )(indices, indices, q, words)
+    )(chosen, choice, q, words)
     return out[:, :length, :, :width], lse[:, :length]
 
 
-def _attend(chosen_ref, choice_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived, *, scale, width, dtype):
+def _attend(chosen_ref, choice_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived, *, scale, dtype, interpreted):
     """QUERIES queries of one row, one after another."""
 
     def one(t, keys, seen):
@@ -91,30 +96,34 @@ def _attend(chosen_ref, choice_ref, q_ref, words_ref, out_ref, lse_ref, buffer, 
         lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
         lse_ref[0, pl.ds(t, 1)] = lse.reshape(1, -1)
 
-    _each_query(one, chosen_ref, choice_ref, words_ref, buffer, arrived, width, dtype)
+    _each_query(one, chosen_ref, choice_ref, words_ref, buffer, arrived, dtype, interpreted)
 
 
-def _each_query(use, chosen_ref, choice_ref, words_ref, buffer, arrived, width, dtype) -> None:
+def _each_query(use, chosen_ref, choice_ref, words_ref, buffer, arrived, dtype, interpreted) -> None:
     """`use(t, keys [k, K], seen [1, k])` for each query, while the entries of the next one are on their way."""
     row = pl.program_id(0)
-    choices = choice_ref.shape[-1]
+    choices, fetched = choice_ref.shape[-1], chosen_ref.shape[-1]
 
     def fetch(t, slot):
         def one(j, _):
-            entry = jnp.maximum(chosen_ref[0, t, j], 0)
-            pltpu.make_async_copy(words_ref.at[row, entry], buffer.at[slot, j], arrived.at[slot]).start()
+            entry = chosen_ref[0, t, j]
+            pltpu.make_async_copy(words_ref.at[row, entry], buffer.at[slot, :, j], arrived.at[slot]).start()
             return _
 
-        jax.lax.fori_loop(0, choices, one, 0, unroll=8)
+        jax.lax.fori_loop(0, fetched, one, 0, unroll=UNROLL)
 
     def step(t, _):
         slot = t % 2
         pl.when(t + 1 < QUERIES)(lambda: fetch(t + 1, 1 - slot))
         # A semaphore counts bytes: one wait for as many as all rows have.
-        pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], arrived.at[slot]).wait()
-        use(t, _numbers(buffer[slot], width, dtype), choice_ref[0, pl.ds(t, 1)] >= 0)
+        rows = buffer.at[slot, :, :fetched]
+        pltpu.make_async_copy(rows, rows, arrived.at[slot]).wait()
+        use(t, _numbers(_planes(buffer, slot, interpreted), dtype), choice_ref[0, pl.ds(t, 1)] >= 0)
         return _
 
+    if fetched < choices:  # a weight of zero times what memory happens to hold could be NaN
+        rest = buffer.at[:, :, fetched:]
+        rest[...] = jnp.zeros(rest.shape, jnp.uint32)
     fetch(0, 0)
     jax.lax.fori_loop(0, QUERIES, step, 0)
 
@@ -125,9 +134,15 @@ def _scores(q, keys, seen, scale):
     return jnp.where(seen, scores * scale, NEVER)
 
 
-def _numbers(words, width, dtype):
-    """Words [k, w, 128] of entries as numbers [k, K]."""
-    parts = [words[:, i] for i in range(words.shape[1])]
+def _planes(buffer, slot, interpreted):
+    """Planes [w, k, 128] of a slot: the same memory seen as dense matrices. The interpreter has no such views."""
+    shape = buffer.shape[1], buffer.shape[2], LANES
+    return buffer[slot].reshape(shape) if interpreted else buffer.reshape(2, *shape)[slot]
+
+
+def _numbers(planes, dtype):
+    """Words [w, k, 128] of entries as numbers [k, K]."""
+    parts = [planes[i] for i in range(planes.shape[0])]
     if dtype == jnp.float32:
         return jnp.concatenate([pltpu.bitcast(part, jnp.float32) for part in parts], axis=1)
     low = [pltpu.bitcast(part << 16, jnp.float32).astype(dtype) for part in parts]
@@ -137,30 +152,34 @@ def _numbers(words, width, dtype):
 
 def _buffers(choices: int, words: jax.Array) -> list[Any]:
     return [
-        pltpu.VMEM((2, choices, *words.shape[2:]), jnp.uint32),
+        pltpu.VMEM((2, words.shape[2], choices, 1, LANES), jnp.uint32),
         pltpu.SemaphoreType.DMA((2,)),
     ]
 
 
 def _words(entries: jax.Array) -> jax.Array:
-    """[B, T, K] -> uint32 [B, T, words / 128, 128]; K a multiple of 128 words."""
+    """[B, T, K] -> uint32 [B, T, w, 1, 128]; K a multiple of 128 words."""
     batch, count, width = entries.shape
     if entries.dtype == jnp.float32:
         words = jax.lax.bitcast_convert_type(entries, jnp.uint32)
     else:
         halves = jax.lax.bitcast_convert_type(entries, jnp.uint16).astype(jnp.uint32)
         words = halves[..., : width // 2] | halves[..., width // 2 :] << 16
-    return words.reshape(batch, count, -1, LANES)
+    return words.reshape(batch, count, -1, 1, LANES)
 
 
-def _padded(q: jax.Array, entries: jax.Array, indices: jax.Array, queries: int = QUERIES) -> tuple[jax.Array, ...]:
-    """Queries to whole steps, widths to whole lanes of words, choices to whole lanes; padding is chosen by nobody."""
+def _padded(q: jax.Array, entries: jax.Array, indices: jax.Array) -> tuple[jax.Array, ...]:
+    """Queries to whole steps, entries as words, rows to fetch to whole loop steps, choices to whole lanes.
+
+    Padding of the choices is -1; what is fetched for it is some entry.
+    """
     per_word = 4 // q.dtype.itemsize
     wide = -q.shape[-1] % (LANES * per_word)
-    more = -q.shape[1] % queries
+    more = -q.shape[1] % QUERIES
     q = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, wide)))
-    indices = jnp.pad(indices, ((0, 0), (0, more), (0, -indices.shape[-1] % LANES)), constant_values=-1)
-    return q, _words(jnp.pad(entries, ((0, 0), (0, 0), (0, wide)))), indices
+    pad = lambda to: jnp.pad(indices, ((0, 0), (0, more), (0, -indices.shape[-1] % to)), constant_values=-1)  # noqa: E731
+    chosen = jnp.clip(pad(UNROLL), 0, entries.shape[1] - 1)  # nothing checks the addresses of a DMA
+    return q, _words(jnp.pad(entries, ((0, 0), (0, 0), (0, wide)))), chosen, pad(LANES)
 
 
 def backward(
@@ -194,17 +213,16 @@ def _backward(q, d_out, delta, lse, entries, indices, scale, interpret):
     length, width, count = q.shape[1], q.shape[3], indices.shape[-1]
     d_out = jnp.pad(d_out, ((0, 0), (0, -length % QUERIES), (0, 0), (0, 0)))
     delta, lse = (jnp.pad(x, ((0, 0), (0, -length % QUERIES), (0, 0))) for x in (delta, lse))
-    q, words, indices = _padded(q, entries, indices)
+    q, words, chosen, choice = _padded(q, entries, indices)
     d_out = jnp.pad(d_out, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - width)))
     batch, slots, heads, k_width = q.shape
-    choices = indices.shape[-1]
     rows = lambda *last: pl.BlockSpec((1, QUERIES, *last), lambda b, i: (b, i, *(0 for _ in last)))  # noqa: E731
     dq, d_keys = pl.pallas_call(
-        functools.partial(_differentiate, scale=scale, width=k_width, dtype=q.dtype),
+        functools.partial(_differentiate, scale=scale, dtype=q.dtype, interpreted=bool(interpret)),
         grid=(batch, slots // QUERIES),
         in_specs=[
-            pl.BlockSpec((1, QUERIES, choices), lambda b, i: (b, i, 0), memory_space=pltpu.SMEM),
-            rows(choices),
+            pl.BlockSpec((1, QUERIES, chosen.shape[-1]), lambda b, i: (b, i, 0), memory_space=pltpu.SMEM),
+            rows(choice.shape[-1]),
             rows(heads, k_width),
             rows(heads, k_width),
             rows(heads),
@@ -214,23 +232,23 @@ def _backward(q, d_out, delta, lse, entries, indices, scale, interpret):
         out_specs=[rows(heads, k_width), pl.BlockSpec(memory_space=pl.ANY)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, slots, choices, k_width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, slots, choice.shape[-1], k_width), jnp.float32),
         ],
         scratch_shapes=[
-            *_buffers(choices, words),
-            pltpu.VMEM((2, choices, k_width), jnp.float32),
+            *_buffers(choice.shape[-1], words),
+            pltpu.VMEM((2, choice.shape[-1], k_width), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=_COMPILER,
         interpret=interpret,
         name="gather_attention_backward",
-    )(indices, indices, q, d_out, delta, lse, words)
+    )(chosen, choice, q, d_out, delta, lse, words)
     return dq[:, :length, :, :width], d_keys[:, :length, :count, :width]
 
 
 def _differentiate(
     chosen_ref, choice_ref, q_ref, d_out_ref, delta_ref, lse_ref, words_ref, dq_ref, d_keys_ref,
-    buffer, arrived, leaving, left, *, scale, width, dtype,
+    buffer, arrived, leaving, left, *, scale, dtype, interpreted,
 ):  # fmt: skip
     """Gradients of QUERIES queries; those of their entries leave by DMA while the next query computes."""
     row, first = pl.program_id(0), pl.program_id(1) * QUERIES
@@ -253,6 +271,6 @@ def _differentiate(
     def send(t, slot):
         return pltpu.make_async_copy(leaving.at[slot], d_keys_ref.at[row, first + t], left.at[slot])
 
-    _each_query(one, chosen_ref, choice_ref, words_ref, buffer, arrived, width, dtype)
+    _each_query(one, chosen_ref, choice_ref, words_ref, buffer, arrived, dtype, interpreted)
     for t in (QUERIES - 2, QUERIES - 1):
         send(t, t % 2).wait()

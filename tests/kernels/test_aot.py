@@ -1,0 +1,65 @@
+"""Every TPU kernel through the TPU's own compiler, at the shapes of the releases, for four generations."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dsv4_jax.kernels import platforms
+from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, window_attention
+from sharding.targets import parse_target
+
+SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+LENGTH, WIDTH, WINDOW = 256, 512, 128
+SHAPES = {"v4-flash": (64, 512), "v4-pro": (128, 1024)}  # heads, chosen entries
+SCALE = WIDTH**-0.5
+
+
+def gathered(q, entries, indices):
+    return gather_attention(q, entries, indices, SCALE)
+
+
+def ranged(q, entries, indices):
+    lo, hi = jnp.zeros_like(indices[..., 0]), indices[..., 0]
+    return range_attention(q, entries, lo, hi, SCALE)
+
+
+def windowed(q, entries, indices):
+    return window_attention(q, entries, indices[..., 0], WINDOW, SCALE)
+
+
+def compiled(branch, chip, heads, count, entries):
+    """`branch` and its gradients, for one device of `chip`."""
+    placed = SingleDeviceSharding(parse_target(SLICES[chip]).devices()[0])
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)  # noqa: E731
+    q = array(jnp.bfloat16, 1, LENGTH, heads, WIDTH)
+
+    def both(q, keys, indices, d_out, d_lse):
+        primal, pull = jax.vjp(lambda q, keys: branch(q, keys, indices), q, keys)
+        return primal, pull((d_out, d_lse))
+
+    with platforms.compiling_for("tpu"):
+        traced = jax.jit(both).trace(
+            q,
+            array(jnp.bfloat16, 1, entries, WIDTH),
+            array(jnp.int32, 1, LENGTH, count),
+            q,
+            array(jnp.float32, 1, LENGTH, heads),
+        )
+        return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", SLICES)
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(
+    ("branch", "entries", "kernels"), [(gathered, 1 << 16, 2), (ranged, 8192, 3), (windowed, LENGTH, 3)]
+)
+def test_kernels_compile_at_the_releases_shapes(branch, entries, kernels, shapes, chip):
+    heads, count = SHAPES[shapes]
+    program = compiled(branch, chip, heads, count, entries)
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == kernels
+    # Beside results: the words of the entries, and float32 gradients of the entries that a few queries chose.
+    results = LENGTH * heads * WIDTH * 2
+    chosen = 64 * count * WIDTH * 4 + 3 * entries * WIDTH * 4 if branch is gathered else 2 * entries * WIDTH * 4
+    assert program.memory_analysis().temp_size_in_bytes < 3 * results + 1.5 * chosen

@@ -104,13 +104,17 @@ def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:
     return Model(config, jax.jit(weights.init, static_argnums=0)(config, key))
 
 
-def load(folder: str | Path, *, step: int | None = None, shardings: Shardings | None = None) -> Model:
+def load(
+    folder: str | Path, *, step: int | None = None, shardings: Shardings | None = None, packed: bool = False
+) -> Model:
     """A model from a folder of config.json and safetensors (any of the three naming schemes), or from a training run.
 
     Args:
         folder: the model's folder, a run of `dsv4 train`, or the run's `checkpoints`.
         step: of a run: this checkpoint; the newest good one by default.
         shardings: the tree of shardings for an architecture; everything on one device by default.
+        packed: keep matrices that the folder stores in FP8 or FP4 so in memory (`quantization.packed.Packed`): a
+            forward undoes a few columns or one expert at a time. For inference: integers have no gradient.
 
     Raises:
         UserError: when the folder holds no model, or one that is damaged or of another architecture.
@@ -123,7 +127,7 @@ def load(folder: str | Path, *, step: int | None = None, shardings: Shardings | 
         from dsv4_jax.checkpoint import load_params, read_config
 
         config, alone = read_config(folder), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        params = load_params(folder, config, shardings(config) if shardings else alone)
+        params = load_params(folder, config, shardings(config) if shardings else alone, packed=packed)
     else:
         config, params = _load_run(folder, step, shardings)
     return Model(config, jax.tree.map(jnp.asarray, params), _tokenizer(folder))

@@ -52,9 +52,15 @@ def read_raw(reader: Reader, source: Source, place: Place, part: Part) -> tuple[
     per = (source.tile if source.format != "plain" else (1, 1)) if source.scale is not None else (1, 1)
     start = rows.start % per[0], columns.start % per[1]
     coding = Coding(source.format, per, start, len(columns), place.transposed, columns.start % 2)
-    packed = range(columns.start // 2, -(-columns.stop // 2)) if source.format == "fp4" else columns
-    raw = reader.read(source.entry, _in_stack(source.entry, place.matrix, rows), packed)
+    raw = read_values(reader, source, place, part)
     return raw, _read_scales(reader, source, place.matrix, rows, columns), coding
+
+
+def read_values(reader: Reader, source: Source, place: Place, part: Part) -> np.ndarray:
+    """The stored elements of `part` of a place, [out, in]; of FP4 all bytes that hold some of it."""
+    rows, columns = place.stored_part(part)
+    packed = range(columns.start // 2, -(-columns.stop // 2)) if source.format == "fp4" else columns
+    return reader.read(source.entry, _in_stack(source.entry, place.matrix, rows), packed)
 
 
 def read_part(reader: Reader, source: Source, place: Place, part: Part, dtype: Any) -> np.ndarray:
@@ -85,12 +91,17 @@ def check_values(reader: Reader, source: Source, place: Place, part: Part, exper
             raise CheckpointError(f"{source.name} names experts outside 0..{experts - 1}")
 
 
-def _read_scales(reader: Reader, source: Source, matrix: int, rows: range, columns: range) -> np.ndarray | None:
+def read_codes(reader: Reader, source: Source, matrix: int, rows: range, columns: range) -> np.ndarray | None:
+    """The stored scales of the tiles that hold some of these rows and columns; None without any."""
     if source.scale is None:
         return None
     part = [range(cut.start // per, -(-cut.stop // per)) for cut, per in zip((rows, columns), source.tile, strict=True)]
-    scales = reader.read(source.scale, _in_stack(source.scale, matrix, part[0]), part[1])
-    return scales_as_float(scales.view(SCALE) if scales.dtype == np.uint8 else scales)
+    return reader.read(source.scale, _in_stack(source.scale, matrix, part[0]), part[1])
+
+
+def _read_scales(reader: Reader, source: Source, matrix: int, rows: range, columns: range) -> np.ndarray | None:
+    codes = read_codes(reader, source, matrix, rows, columns)
+    return codes if codes is None else scales_as_float(codes.view(SCALE) if codes.dtype == np.uint8 else codes)
 
 
 def _in_stack(entry: Entry, matrix: int, rows: range) -> range:

@@ -21,11 +21,11 @@ Params = dict[str, Any]
 
 
 def load_checkpoint(
-    folder: str | Path, shardings: Shardings | None = None, dtype: Any = None
+    folder: str | Path, shardings: Shardings | None = None, dtype: Any = None, packed: bool = False
 ) -> tuple[DeepseekV4Config, Params]:
     """`read_config` and `load_params` of one folder."""
     config = read_config(folder)
-    return config, load_params(folder, config, shardings, dtype)
+    return config, load_params(folder, config, shardings, dtype, packed)
 
 
 def read_config(folder: str | Path) -> DeepseekV4Config:
@@ -44,7 +44,11 @@ def read_config(folder: str | Path) -> DeepseekV4Config:
 
 
 def load_params(
-    folder: str | Path, config: DeepseekV4Config, shardings: Shardings | None = None, dtype: Any = None
+    folder: str | Path,
+    config: DeepseekV4Config,
+    shardings: Shardings | None = None,
+    dtype: Any = None,
+    packed: bool = False,
 ) -> Params:
     """Read the weights of `folder` as a parameter tree for `config`, quantised matrices as numbers.
 
@@ -56,6 +60,8 @@ def load_params(
             shape. Each process reads the byte ranges that its devices hold. None gives numpy arrays on the host.
         dtype: of all floats; by default each keeps its own, and what was quantised gets `config.torch_dtype`. bfloat16
             holds every quantised number exactly.
+        packed: keep matrices that are stored in FP8 or FP4 so, as `quantization.packed.Packed`, in the bytes of the
+            files. Where an axis of devices cuts tiles that share a scale, a matrix becomes numbers all the same.
 
     Returns:
         Nested dictionaries, matrices `[in, out]`, blocks stacked by segment. Stream maps, sinks, position and router
@@ -68,7 +74,7 @@ def load_params(
     """
     sources, _ = find_sources(folder, config)
     with Reader() as reader:
-        return load_tree(reader, sources, config, shardings, dtype)
+        return load_tree(reader, sources, config, shardings, dtype, packed)
 
 
 def find_sources(folder: str | Path, config: DeepseekV4Config) -> tuple[list[Source], dict[str, Entry]]:

@@ -7,7 +7,7 @@ host holds `STAGING` bytes or one stored matrix, whatever the size of the checkp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,21 @@ from dsv4_jax.checkpoint.decoding import Coding, check_values, read_part, read_r
 from dsv4_jax.checkpoint.files import DTYPES, CheckpointError, Reader, listed
 from dsv4_jax.checkpoint.matching import Source, places_by_leaf
 from dsv4_jax.checkpoint.names import Part, Place
+from dsv4_jax.checkpoint.packing import load_packed, packing_of
+from dsv4_jax.checkpoint.shards import STAGING, Devices, distinct_parts, join, within
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.shapes import Shape, flatten, is_table, keeps_float32, nest, tree_shapes
 
-Devices = list[Any]  # of jax.Device
 Shardings = jax.sharding.Sharding | Mapping[str, Any] | Callable[[str, Shape], jax.sharding.Sharding]
-STAGING = 256 << 20  # bytes of a shard up to which it is put together on the host
 
 
 def load_tree(
-    reader: Reader, sources: list[Source], config: DeepseekV4Config, shardings: Shardings | None, dtype: Any
+    reader: Reader,
+    sources: list[Source],
+    config: DeepseekV4Config,
+    shardings: Shardings | None,
+    dtype: Any,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """The parameter tree that `sources` hold.
 
@@ -38,6 +43,7 @@ def load_tree(
         config: the architecture.
         shardings: see `load_params`; None for numpy arrays on the host.
         dtype: of the floats, or None to keep each one's own.
+        packed: leave what is quantised as it is, see `load_params`.
 
     Raises:
         CheckpointError: for scales or tables with impossible values, before memory is filled; for other shardings than
@@ -46,17 +52,20 @@ def load_tree(
     shapes, found = tree_shapes(config), places_by_leaf(sources)
     dtypes = {leaf: _leaf_dtype(leaf, found[leaf], config, dtype) for leaf in shapes}
     sharding_of = {} if shardings is None else _sharding_of(shardings, shapes)
-    wanted = {leaf: _distinct_parts(shape, sharding_of.get(leaf)) for leaf, shape in shapes.items()}
+    wanted = {leaf: distinct_parts(shape, sharding_of.get(leaf)) for leaf, shape in shapes.items()}
     for leaf, parts in wanted.items():
         for part in parts:
-            for source, place, inner in _within(found[leaf], part):
+            for source, place, inner in within(found[leaf], part):
                 check_values(reader, source, place, inner, config.n_routed_experts)
     leaves: dict[str, Any] = {}
     for leaf, shape in shapes.items():
+        if packed and (packing := packing_of(found[leaf], shape, sharding_of.get(leaf))):
+            leaves[leaf] = load_packed(reader, found[leaf], packing, shape, dtypes[leaf], sharding_of.get(leaf))
+            continue
         shards = [
             _load_shard(reader, found[leaf], part, dtypes[leaf], devices) for part, devices in wanted[leaf].items()
         ]
-        leaves[leaf] = shards[0][0] if shardings is None else _join(shape, sharding_of[leaf], shards)
+        leaves[leaf] = shards[0][0] if shardings is None else join(shape, sharding_of[leaf], shards)
     return nest(leaves)
 
 
@@ -84,25 +93,6 @@ def _sharding_of(shardings: Shardings, shapes: dict[str, Shape]) -> dict[str, ja
     return {leaf: shardings(leaf, shape) for leaf, shape in shapes.items()}
 
 
-def _distinct_parts(shape: Shape, sharding: jax.sharding.Sharding | None) -> dict[Part, Devices]:
-    """The parts of a leaf that devices of this process hold, with these devices; without devices, the whole."""
-    if sharding is None:
-        return {tuple(map(range, shape)): []}
-    parts: dict[Part, Devices] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        part = tuple(range(*cut.indices(size)) for cut, size in zip(index or (), shape, strict=True))
-        parts.setdefault(part, []).append(device)
-    return parts
-
-
-def _within(found: list[tuple[Source, Place]], part: Part) -> Iterator[tuple[Source, Place, Part]]:
-    """What fills `part` of the leaf: places, with the part of them that lies inside."""
-    for source, place in found:
-        lead = len(place.index)
-        if all(i in cut for i, cut in zip(place.index, part[:lead], strict=True)):
-            yield source, place, part[lead:]
-
-
 def _load_shard(
     reader: Reader,
     found: list[tuple[Source, Place]],
@@ -115,7 +105,7 @@ def _load_shard(
     if devices and int(np.prod(shape)) * dtype.itemsize > STAGING:
         return _grow_on_devices(reader, found, part, jnp.dtype(dtype), devices)
     block = np.empty(shape, dtype)
-    for source, place, inner in _within(found, part):
+    for source, place, inner in within(found, part):
         at = tuple(i - cut.start for i, cut in zip(place.index, part, strict=False))
         block[at] = read_part(reader, source, place, inner, dtype)
     return [jax.device_put(block, device) for device in devices] or [block]
@@ -126,7 +116,7 @@ def _grow_on_devices(
 ) -> list[jax.Array]:
     shape = tuple(map(len, part))
     buffers = [jnp.zeros(shape, dtype, device=device) for device in devices]
-    for source, place, inner in _within(found, part):
+    for source, place, inner in within(found, part):
         raw, scales, coding = read_raw(reader, source, place, inner)
         at = [i - cut.start for i, cut in zip(place.index, part, strict=False)]
         start = np.array(at + [0] * (len(shape) - len(at)), np.int32)
@@ -142,8 +132,3 @@ def _write(
     """`buffer` with the decoded piece at `start`; the piece fills all axes behind the first `lead`."""
     piece = coding.decode(raw, scales, buffer.dtype)
     return jax.lax.dynamic_update_slice(buffer, piece.reshape((1,) * lead + buffer.shape[lead:]), tuple(start))
-
-
-def _join(shape: Shape, sharding: jax.sharding.Sharding, shards: list[list[jax.Array]]) -> jax.Array:
-    arrays = [array for shard in shards for array in shard]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -35,6 +35,7 @@ Examples:
   dsv4 compile nano --target v5e:2x4 --batch 16 --seq 512
   dsv4 compile v4-flash --target v5p:4x8x8 --mesh expert=64,fsdp=4 --batch 256 --seq 4K
   dsv4 compile v4-flash --target h200:1x8 --mode decode --batch 8 --seq 1M
+  dsv4 compile v4-flash --target v5e:8x8 --mode decode --batch 64 --seq 128K --weights packed
   dsv4 compile v4-pro --target tpu7x:8x8x8 --mode prefill --batch 64 --seq 128K --chunk 4096
   dsv4 compile v4-flash --target h200:32x8 --strategy fsdp --batch 256 --seq 4K --json"""
 
@@ -61,6 +62,8 @@ class Compile:
     """Tokens of a row, or of room in the cache: a number, 128K (x 1,024) or 1M (x 1,048,576)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of matrix products, and of weights outside training, whose masters are always float32."""
+    weights: Literal["plain", "packed"] = "plain"
+    """Of inference: packed keeps FP8 and FP4 as a release stores them (FP4 experts), undone a part at a time."""
     cache: Literal["deployed", "bfloat16", "float32"] = "deployed"
     """Format of the cache: deployed is FP8 with FP4 indexer keys."""
     chunk: Annotated[int, tyro.conf.arg(metavar="TOKENS")] = 4096
@@ -99,6 +102,8 @@ def check(asked: Compile) -> tuple[Program, Target, Mesh]:
         raise UserError("--batch, --chunk and --microbatches are numbers from 1 on")
     if asked.batch % asked.microbatches:
         raise UserError(f"--microbatches {asked.microbatches} does not divide --batch {asked.batch}")
+    if asked.mode == "train" and asked.weights == "packed":
+        raise UserError("training moves float32 masters: --weights packed is for --mode prefill and decode")
     from sharding.targets import parse_target, prepare
 
     target = parse_target(asked.target)
@@ -158,7 +163,7 @@ def make_program(asked: Compile, config: DeepseekV4Config, strategy: Strategy, m
     tokens = {"train": length, "prefill": min(asked.chunk, length), "decode": 0}[asked.mode]
     check_fit(weights.facts(config), shapes, strategy, mesh, rows, tokens)
     partition = MeshPartition(mesh, strategy)
-    setting = programs.Setting(config, mesh, strategy, partition, asked.batch, length, asked.dtype)
+    setting = programs.Setting(config, mesh, strategy, partition, asked.batch, length, asked.dtype, asked.weights)
     if asked.mode == "train":
         return programs.train_program(setting, asked.kind, asked.remat == "block", asked.microbatches)
     if asked.mode == "prefill":

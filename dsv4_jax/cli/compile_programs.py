@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from dsv4_jax import model, weights
 from dsv4_jax.analysis.flops import attention_products, matrix_products, token_products
 from dsv4_jax.analysis.serving import v4_serving
+from dsv4_jax.checkpoint.packing import abstract_leaves
+from dsv4_jax.checkpoint.storage import stored_as
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.facts import Fact
 from dsv4_jax.layers.kv_cache import Cache, init_cache
 from dsv4_jax.partition import Partition
-from dsv4_jax.shapes import is_table, keeps_float32
+from dsv4_jax.shapes import flatten, is_table, keeps_float32, nest
 from sharding.aot import Program, device_bytes
 from sharding.rules import Strategy, parameter_shardings, spec
 from train.flops import training_flops_per_token
@@ -43,6 +45,7 @@ class Setting:
         batch: sequences, over all devices.
         length: tokens of a row in training, of room in the cache otherwise.
         dtype: of matrix products, and of the weights of inference.
+        weights: of inference: "plain", or "packed": FP8 and FP4 as a release stores them.
     """
 
     config: DeepseekV4Config
@@ -52,6 +55,7 @@ class Setting:
     batch: int
     length: int
     dtype: str = "bfloat16"
+    weights: Literal["plain", "packed"] = "plain"
 
     def sharding(self, *axes: str | None) -> NamedSharding:
         """Of an activation with these logical axes."""
@@ -149,15 +153,19 @@ def _cached_program(
 
 
 def inference_parameters(setting: Setting) -> Tree:
-    """Abstract parameters as a checkpoint loads them: in `setting.dtype`, what must stay float32 excepted."""
+    """Abstract parameters as a checkpoint loads them: in `setting.dtype` or packed, and float32 what must stay so."""
     config = setting.config
+    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+    if setting.weights == "packed":
+        rules, facts = setting.strategy.parameters, weights.facts(config)
+        places = flatten(parameter_shardings(facts, shapes, rules, setting.mesh))
+        return nest(abstract_leaves(stored_as(config, "release"), jnp.dtype(setting.dtype), places))
 
     def one(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         kept = is_table(name) or keeps_float32(name)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if kept else jnp.dtype(setting.dtype))
 
-    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
     return on_mesh(setting, jax.tree_util.tree_map_with_path(one, shapes), setting.strategy.parameters)
 
 
@@ -191,7 +199,7 @@ def _stream_bytes(setting: Setting) -> int:
 
 
 def _chosen(tree: Tree, facts: Tree, wanted: Any) -> Tree:
-    def one(leaf: Any, fact: Fact) -> Any:
+    def one(fact: Fact, leaf: Any) -> Any:  # a leaf may be packed, a tree of two arrays
         return leaf if wanted(fact) else None
 
-    return jax.tree.map(one, tree, facts)
+    return jax.tree.map(one, facts, tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,6 +44,8 @@ class ModelArguments:
     """Tokens that the multi-token-prediction module drafts per step; 0 for none."""
     cache_format: Literal["float32", "bfloat16", "deployed"] = "float32"
     """How the cache is stored; deployed is FP8, with FP4 indexer keys."""
+    weights: Literal["packed", "plain"] = "packed"
+    """packed: FP8 and FP4 matrices stay as they are stored, and are undone a part at a time; plain: all as floats."""
     step: int | None = None
     """Of a run: the checkpoint of this step; the newest good one by default."""
     tokenizer: str | None = None
@@ -69,12 +72,16 @@ class ModelArguments:
             logging.getLogger(talkative).setLevel(logging.WARNING)
         from dsv4_jax.api import load
         from dsv4_jax.inference.generate import Engine
+        from dsv4_jax.quantization.packed import packed_arrays
         from dsv4_jax.tokenizer import load_tokenizer
         from train.loop import use_compilation_cache
 
         use_compilation_cache()
         partition, shardings = self._placed()
-        model = load(self.checkpoint, step=self.step, shardings=shardings)
+        model = load(self.checkpoint, step=self.step, shardings=shardings, packed=self.weights == "packed")
+        if kept := packed_arrays(model.params):
+            size = sum(matrix.nbytes for matrix in kept) / 2**20
+            print(f"{len(kept)} stacks of matrices stay packed in FP8 or FP4: {size:,.1f} MiB", file=sys.stderr)
         tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else model.tokenizer
         if tokenizer is None:
             raise UserError(f"there is no tokenizer.json in {self.checkpoint}: name one with --tokenizer")

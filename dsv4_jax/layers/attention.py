@@ -16,7 +16,7 @@ from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.indexer import Indexer
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import NOBODY, Blocks, Layout, Neighbours
-from dsv4_jax.layers.norm import dense, rms_norm
+from dsv4_jax.layers.norm import dense, dense_by_group, rms_norm
 from dsv4_jax.layers.parameters import normal, parameter
 from dsv4_jax.layers.rotary import Rotation, rotate
 from dsv4_jax.observer import NOBODY as UNOBSERVED
@@ -175,7 +175,6 @@ class Attention(nnx.Module):
             # Groups lead: a plain batched product, which every backend has in bfloat16 too. The release rounds the
             # matrices `wo_a`, and not what they multiply.
             grouped = jnp.moveaxis(rotate(out, rope.inverse()).reshape(rows, groups, -1), 1, 0)
-            weight = self.wo_a[...].astype(out.dtype)
-            low = jnp.einsum("gni,gio->gno", grouped, weight, preferred_element_type=jnp.float32)
+            low = dense_by_group(grouped, self.wo_a[...])
             low = jnp.moveaxis(low, 0, 1).astype(out.dtype).reshape(*out.shape[:2], -1)
             return dense(policy("attn_input", low), self.wo_b[...])

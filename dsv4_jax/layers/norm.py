@@ -7,6 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.kernels.packed_matmul import packed_dot
+from dsv4_jax.quantization.packed import Packed
+
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, cast once to x's dtype.
@@ -41,7 +44,16 @@ def _rms_norm_bwd(eps: float, saved, d_out: jax.Array):
 _rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
-def dense(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def dense(x: jax.Array, weight: jax.Array | Packed, dtype: jnp.dtype | None = None) -> jax.Array:
     """`x @ weight`, [.., I] x [I, O] -> [.., O], in x's dtype, accumulated in float32; returned as `dtype` or x's."""
+    if isinstance(weight, Packed):
+        return packed_dot(x, weight).astype(dtype or x.dtype)
     out = jnp.dot(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
     return out.astype(dtype or x.dtype)
+
+
+def dense_by_group(x: jax.Array, weight: jax.Array | Packed) -> jax.Array:
+    """Each group times its own matrix: [G, N, I] x [G, I, O] -> float32 [G, N, O], otherwise as `dense`."""
+    if isinstance(weight, Packed):
+        return jax.lax.map(lambda group: packed_dot(*group), (x, weight))
+    return jnp.einsum("gni,gio->gno", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -132,6 +132,14 @@ def unpack_fp4(packed: A) -> A:
     return _unpacked(packed.view(np.uint8))
 
 
+def e2m1_numbers(codes: A) -> A:
+    """The numbers of four-bit codes, which come as integers: float32."""
+    xp, magnitude = _module(codes), (codes & 7).astype(np.float32)
+    # 0, 0.5, 1, 1.5, 2 | 3, 4 | 6
+    value = xp.where(magnitude <= 4, 0.5 * magnitude, xp.where(magnitude <= 6, magnitude - 2, np.float32(FP4_MAX)))
+    return xp.where(codes >= 8, -value, value)
+
+
 def scales_as_float(scales: A) -> A:
     """Scales as float32 powers of two, NaN for 255; 2^-127, byte 0, is 0 on machines that flush denormals."""
     return scales.astype(np.float32)
@@ -194,11 +202,7 @@ def _unpacked(packed: Array) -> Array:
     xp = _module(packed)
     if xp is np:  # on a host, looking up both numbers of a byte is several times faster
         return np.take(_PAIRS, packed, axis=0).reshape(*packed.shape[:-1], -1)
-    codes = xp.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1).reshape(*packed.shape[:-1], -1)
-    magnitude = (codes & np.uint8(7)).astype(np.float32)
-    # 0, 0.5, 1, 1.5, 2 | 3, 4 | 6
-    value = xp.where(magnitude <= 4, 0.5 * magnitude, xp.where(magnitude <= 6, magnitude - 2, np.float32(FP4_MAX)))
-    return xp.where(codes >= 8, -value, value)
+    return e2m1_numbers(xp.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1).reshape(*packed.shape[:-1], -1))
 
 
 def _packed(codes: Array) -> Array:

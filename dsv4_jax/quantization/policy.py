@@ -13,6 +13,7 @@ from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.facts import Fact
 from dsv4_jax.quantization.formats import FP4_BLOCK, TILE
+from dsv4_jax.quantization.packed import Packed
 from dsv4_jax.quantization.rounding import Rounding, bf16
 from dsv4_jax.quantization.storage import FP8_BLOCK
 
@@ -74,9 +75,9 @@ class Policy:
     def _tree(self, facts: Any, params: Any) -> Any:
         return jax.tree.map(self._matrix, facts, params)
 
-    def _matrix(self, fact: Fact, x: jax.Array) -> jax.Array:
+    def _matrix(self, fact: Fact, x: jax.Array | Packed) -> jax.Array | Packed:
         role = weight_role(fact)
-        if role is None or role not in self.rounding:
+        if role is None or role not in self.rounding or isinstance(x, Packed):  # what is packed is rounded
             return x
         *_, inner, outer = x.shape
         if "o_groups" not in fact.axes or outer % TILE[1] == 0:

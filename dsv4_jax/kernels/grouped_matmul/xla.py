@@ -1,8 +1,4 @@
-"""Grouped matmul as a loop over tiles, each one plain matrix product: 1.0x the ideal FLOPs in both directions.
-
-Native `jax.lax.ragged_dot` expands densely on CPU and in its weight gradient on TPU and GPU (8x to 65x the FLOPs,
-gigabytes of temporaries), so it is not used.
-"""
+"""Grouped matmul as a loop over the tiles in use, each one plain matrix product."""
 
 from __future__ import annotations
 
@@ -10,37 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.grouped_matmul.groups import Groups
+from dsv4_jax.quantization.packed import Packed
 
 
-@jax.custom_vjp
-def grouped_matmul(rows: jax.Array, weights: jax.Array, groups: Groups) -> jax.Array:
-    """Each row times its expert's matrix.
+def forward(rows: jax.Array, weights: jax.Array | Packed, groups: Groups, transposed: bool = False) -> jax.Array:
+    """Each row times its expert's matrix, or times its transpose.
 
     Args:
-        rows: [R, I], laid out by `groups`; padding rows are zero.
+        rows: [R, I], or [R, O] when `transposed`.
         weights: [E, I, O].
-        groups: from `make_groups`.
+        groups: of the rows.
+        transposed: multiply with [O, I].
 
     Returns:
-        [R, O] in the rows' dtype, accumulated in float32; rows of unused tiles are zero.
+        [R, O], or [R, I], in the rows' dtype; rows of unused tiles are zero.
     """
-    return _forward(rows, weights, groups, transposed=False)
-
-
-def _vjp_fwd(rows: jax.Array, weights: jax.Array, groups: Groups):
-    return grouped_matmul(rows, weights, groups), (rows, weights, groups)
-
-
-def _vjp_bwd(saved, d_out: jax.Array):
-    rows, weights, groups = saved
-    d_rows = _forward(d_out, weights, groups, transposed=True)
-    return d_rows, _weight_gradient(rows, d_out, weights, groups), None
-
-
-grouped_matmul.defvjp(_vjp_fwd, _vjp_bwd)
-
-
-def _forward(rows: jax.Array, weights: jax.Array, groups: Groups, transposed: bool) -> jax.Array:
     tiles = rows.reshape(-1, groups.tile, rows.shape[-1])
     width = weights.shape[1 if transposed else 2]
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -54,7 +34,8 @@ def _forward(rows: jax.Array, weights: jax.Array, groups: Groups, transposed: bo
     return jax.lax.fori_loop(0, groups.tiles_used, one, out).reshape(-1, width)
 
 
-def _weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, groups: Groups) -> jax.Array:
+def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, groups: Groups) -> jax.Array:
+    """`sum_r rows[r]^T d_out[r]` over each expert's rows: [R, I], [R, O] -> [E, I, O] in the dtype of `weights`."""
     tiles = rows.reshape(-1, groups.tile, rows.shape[-1])
     d_tiles = d_out.reshape(-1, groups.tile, d_out.shape[-1])
 

@@ -1,0 +1,60 @@
+"""Grouped matmul: on TPUs a kernel, elsewhere a loop over tiles, with its gradients.
+
+Both do 1.0x the ideal FLOPs in both directions, but for the padding of each expert's last tile. Native
+`jax.lax.ragged_dot` expands densely on CPU and in its weight gradient on TPU and GPU (docs/kernels.md), so it is not
+used.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from dsv4_jax.kernels.grouped_matmul import tpu, xla
+from dsv4_jax.kernels.grouped_matmul.groups import Groups
+from dsv4_jax.kernels.platforms import by_platform
+from dsv4_jax.quantization.packed import Packed
+
+
+@jax.custom_vjp
+def grouped_matmul(rows: jax.Array, weights: jax.Array | Packed, groups: Groups) -> jax.Array:
+    """Each row times its expert's matrix.
+
+    Args:
+        rows: [R, I], laid out by `groups`; padding rows are zero.
+        weights: [E, I, O]; packed ones are undone an expert at a time, on TPUs inside the kernel.
+        groups: from `make_groups`.
+
+    Returns:
+        [R, O] in the rows' dtype, accumulated in float32; rows of unused tiles are zero.
+    """
+    return multiply(rows, weights, groups)
+
+
+def _vjp_fwd(rows: jax.Array, weights: jax.Array | Packed, groups: Groups):
+    return grouped_matmul(rows, weights, groups), (rows, weights, groups)
+
+
+def _vjp_bwd(saved, d_out: jax.Array):
+    rows, weights, groups = saved
+    d_rows = multiply(d_out, weights, groups, transposed=True)
+    if isinstance(weights, Packed):  # integers have no gradient
+        return d_rows, jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), weights), None
+    return d_rows, weight_gradient(rows, d_out, weights, groups), None
+
+
+grouped_matmul.defvjp(_vjp_fwd, _vjp_bwd)
+
+
+def multiply(rows: jax.Array, weights: jax.Array | Packed, groups: Groups, transposed: bool = False) -> jax.Array:
+    """See `xla.forward`."""
+    kernel = partial(tpu.forward, transposed=transposed) if tpu.supports(rows, weights, groups, transposed) else None
+    return by_platform(rows, weights, groups, xla=partial(xla.forward, transposed=transposed), tpu=kernel)
+
+
+def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, groups: Groups) -> jax.Array:
+    """See `xla.weight_gradient`."""
+    kernel = tpu.weight_gradient if tpu.supports(rows, weights, groups) else None
+    return by_platform(rows, d_out, weights, groups, xla=xla.weight_gradient, tpu=kernel)

@@ -41,7 +41,7 @@ MODEL = {
 
 RECIPE = Recipe(
     name="recall",
-    about="minutes on 2 CPU cores; answers nearly all questions with seed 0 beyond the window, chance is 25%",
+    about="minutes on 2 CPU cores; answers nearly all questions beyond the window (seed 0); chance is 25%",
     model=ModelChoice("nano", MODEL),
     data=DataChoice(task=TaskChoice("mqar", TASK)),
     stages=(

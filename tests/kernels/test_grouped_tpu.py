@@ -22,13 +22,13 @@ IDS = {
 }
 
 
-def operands(ids, inner, outer, dtype="float32", weights="float32"):
-    """(rows laid out by groups, with zeros in padding rows; weights; groups; a gradient of the result)."""
+def operands(ids, inner, outer, dtype="float32"):
+    """(rows laid out by groups, with zeros in padding rows; float32 weights; groups; a gradient of the result)."""
     groups = make_groups(jnp.asarray(ids, jnp.int32)[:, None], EXPERTS, TILE)
     filled = (groups.pair_of < ids.size)[:, None]
     rows = jnp.where(filled, RNG.standard_normal((len(filled), inner)), 0).astype(dtype)
     d_out = jnp.where(filled, RNG.standard_normal((len(filled), outer)), 0).astype(dtype)
-    return rows, jnp.asarray(RNG.standard_normal((EXPERTS, inner, outer)), weights), groups, d_out
+    return rows, jnp.asarray(RNG.standard_normal((EXPERTS, inner, outer)), jnp.float32), groups, d_out
 
 
 def close(found, wanted, dtype):
@@ -37,10 +37,9 @@ def close(found, wanted, dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", IDS)
-@pytest.mark.parametrize(("dtype", "weights"), [("float32", "float32"), ("bfloat16", "float32")])
-def test_products_and_both_gradients_equal_the_reference(name, dtype, weights):
-    rows, weights, groups, d_out = operands(IDS[name], 128, 256, dtype, weights)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in IDS), (next(iter(IDS)), "bfloat16")])
+def test_products_and_both_gradients_equal_the_reference(name, dtype):
+    rows, weights, groups, d_out = operands(IDS[name], 128, 256, dtype)
     in_float32 = lambda x: x.astype(dtype).astype(jnp.float32)  # noqa: E731
     stated = lambda rows, weights: reference.grouped_matmul(rows, weights, groups)  # noqa: E731
     out, pull = jax.vjp(stated, in_float32(rows), in_float32(weights))

@@ -23,7 +23,12 @@ _partitioned: ContextVar[bool] = ContextVar("partitioned", default=False)
 
 @contextmanager
 def compiling_for(platform: Platform) -> Iterator[None]:
-    """Within this context programs are traced for machines of `platform`, which need not be here."""
+    """Within this context programs are traced for machines of `platform`, which need not be here.
+
+    What JAX remembers of functions traced for another platform is dropped: it does not know this context.
+    """
+    if platform != _platform():
+        jax.clear_caches()
     token = _elsewhere.set(platform)
     try:
         yield

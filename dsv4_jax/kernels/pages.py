@@ -70,6 +70,14 @@ class Pages:
         found = {name: x[self.layer, blocks, index % self.per_block] for name, x in self.store.items()}
         return self.storage.decode(found, dtype)
 
+    def places(self, index: jax.Array) -> jax.Array:
+        """Where the entries `index` [B, ..] of each sequence are among all stored ones; -1 for negative indices."""
+        known = jnp.maximum(index, 0).reshape(index.shape[0], -1)
+        block = jnp.take_along_axis(self.tables, known // self.per_block, 1)
+        blocks = next(iter(self.store.values())).shape[1]
+        place = (self.layer * blocks + block) * self.per_block + known % self.per_block
+        return jnp.where(index < 0, -1, place.reshape(index.shape))
+
     def write(self, index: jax.Array, entries: jax.Array) -> Pages:
         """Entries [B, T, K] at places `index` [B, T] of each sequence; negative indices are not written."""
         total = next(iter(self.store.values())).shape[1]

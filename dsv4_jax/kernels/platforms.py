@@ -79,6 +79,18 @@ def by_platform(
     return jax.lax.platform_dependent(*operands, **{here: chosen}, default=xla)
 
 
+def is_hopper() -> bool:
+    """Whether the program is compiled for one NVIDIA GPU here with warpgroup products: compute capability 9.
+
+    Later GPUs lack these instructions. With several devices XLA would copy whole operands to each of them: it cannot
+    partition a kernel.
+    """
+    if _elsewhere.get() is not None or jax.default_backend() != "gpu":
+        return False
+    devices = jax.devices()
+    return len(devices) == 1 and devices[0].compute_capability.startswith("9.")
+
+
 def _platform() -> str:
     here = _elsewhere.get() or jax.default_backend()
     return "cuda" if here == "gpu" else here

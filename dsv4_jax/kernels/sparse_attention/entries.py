@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.platforms import by_platform, kernels_allowed
-from dsv4_jax.kernels.sparse_attention import bands, tpu, tpu_range, xla
+from dsv4_jax.kernels.sparse_attention import bands, gpu, tpu, tpu_range, xla
 from dsv4_jax.kernels.sparse_attention.bands import Band
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
@@ -80,7 +80,9 @@ def _forward(
 ) -> Branch:
     """`choice` [B, S, k] are the chosen entries of each query; with a band [B, S, 2], the range that it sees."""
     plain = partial(xla.forward, scale=scale, gathered=band is None)
-    return by_platform(q, entries, choice, xla=plain, tpu=_kernel("forward", q, entries, scale, band, kernels))
+    on_tpu = _kernel("forward", q, entries, scale, band, kernels)
+    on_gpu = partial(gpu.forward, scale=scale) if kernels and band is None and gpu.supports(q, entries) else None
+    return by_platform(q, entries, choice, xla=plain, tpu=on_tpu, gpu=on_gpu)
 
 
 def _attend_fwd(q, entries, choice, scale, band, kernels):

@@ -1,0 +1,206 @@
+"""The GPU kernels in interpret mode, which simulates memory spaces and barriers; their PTX, thread by thread."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from ptx import Machine
+
+from dsv4_jax.kernels import platforms
+from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.sparse_attention import gpu, gpu_backward, gpu_fetch, paged, reference
+from dsv4_jax.quantization.storage import Fp8WithRope, Plain
+
+INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"  # not public in jax 0.10
+SCALE = 0.1
+CALL = 'custom_call_target="mosaic_gpu_v2"'
+# Relative to the largest value: weights and outputs are rounded to the 8 bits of BF16, in another order.
+TOLERANCE = 1e-2
+
+
+@pytest.fixture
+def interpreter():
+    yield pytest.importorskip(f"{INTERPRETER}.params").InterpretGPUParams()
+    pytest.importorskip(f"{INTERPRETER}.interpret_pallas_call").reset_gpu_interpret_mode_state()  # as after a failure
+
+
+def close(name, found, wanted, tolerance=TOLERANCE):
+    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(np.isfinite(found), finite, err_msg=name)
+    assert np.abs(found[finite] - wanted[finite]).max() <= tolerance * np.abs(wanted[finite]).max(), name
+
+
+def operands(rng, length, width, entries, count, heads=64):
+    """Queries, entries, and distinct choices of a random number each; the first query chooses nothing."""
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
+    order = np.argsort(rng.random((1, length, entries)), -1)[..., :count]
+    unused = rng.random(order.shape) < np.linspace(1, 0, length)[:, None]
+    return draw(1, length, heads, width), draw(1, entries, width), jnp.asarray(np.where(unused, -1, order), jnp.int32)
+
+
+def stated(q, entries, indices):
+    return reference.gather_attention(q.astype(jnp.float32), entries.astype(jnp.float32), indices, SCALE)
+
+
+@pytest.mark.parametrize(
+    ("width", "processors", "parts"), [(128, 1, 1), pytest.param(256, 6, 3, marks=pytest.mark.slow)]
+)
+def test_chosen_entries_whole_and_in_parts(width, processors, parts, interpreter, monkeypatch):
+    monkeypatch.setattr(gpu, "PROCESSORS", processors)
+    assert gpu.parts_of(2, 3) == parts
+    q, entries, indices = operands(np.random.default_rng(parts), 2, width, 160, 150)
+    out, lse = gpu.forward(q, entries, indices, SCALE, interpreter)
+    for name, a, b in zip(("out", "lse"), (out, lse), stated(q, entries, indices), strict=True):
+        close(name, a, b)
+    assert not np.asarray(out[0, 0], np.float32).any()
+
+
+@pytest.mark.slow
+def test_gradients_of_queries_and_entries(interpreter):
+    rng = np.random.default_rng(5)
+    q, entries, indices = operands(rng, 3, 128, 80, 70, heads=128)
+    d_out = jnp.asarray(rng.normal(size=q.shape), jnp.bfloat16)
+    d_lse = jnp.asarray(rng.normal(size=q.shape[:3]), jnp.float32).at[:, 0].set(0)  # which chose nothing
+    (out, lse), pull = jax.vjp(lambda *x: stated(*x, indices), q, entries)
+    wanted = pull((d_out.astype(jnp.float32), d_lse))
+    found = gpu.backward(q, entries, indices, out.astype(q.dtype), lse, d_out, d_lse, SCALE, interpreter)
+    for name, a, b in zip(("d_q", "d_entries"), found, wanted, strict=True):
+        close(name, a, b)
+
+
+def test_rows_of_one_number_are_added_in_order(interpreter):
+    rng = np.random.default_rng(6)
+    rows = rng.normal(size=(11, 128)).astype(np.float32)
+    index = np.asarray([3, 0, -1, 3, 2, 0, 3, 4, -1, 0, 3], np.int32)
+    wanted = np.ones((5, 128), np.float32)
+    for number in range(5):
+        run = [rows[i] for i in np.flatnonzero(index == number)]
+        wanted[number] += sum(run[1:], run[0]) if run else 0
+    found = gpu_backward.sum_by_row(jnp.asarray(rows), jnp.asarray(index), jnp.ones((5, 128)), interpreter)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [Plain(128, "bfloat16"), Fp8WithRope(128, 64)], ids=["bfloat16", "fp8"])
+def test_entries_of_a_cache_as_they_are_stored(storage, interpreter):
+    q, entries, indices = operands(np.random.default_rng(1), 2, 128, 12, 10)
+    nan = lambda x: jnp.full_like(x, jnp.iinfo(x.dtype).max)  # noqa: E731
+    store = {name: nan(x) for name, x in storage.zeros((2, 5, 4)).items()}
+    pages = Pages(store, jnp.int32(1), jnp.asarray([[3, 0, 4]], jnp.int32), storage, per_block=4)
+    pages = pages.write(jnp.arange(12)[None], entries)
+    found = gpu.forward_pages(q, pages, indices, SCALE, interpreter)
+    for name, a, b in zip(("out", "lse"), found, paged.gather_attention(q, pages, indices, SCALE), strict=True):
+        close(name, a, b)
+
+
+def unswizzled(shared, width):
+    """A tile's bytes as [64, K] BF16: the 128-byte swizzle xors bits 4 to 6 of an address with bits 7 to 9."""
+    address = np.arange(shared.size)
+    plain = np.empty_like(shared)
+    plain[address ^ (address >> 7 & 7) << 4] = shared
+    blocks = plain.view(ml_dtypes.bfloat16).reshape(2, 8, width // 128, 8, 64)  # half, rows / 8, columns / 64, 8, 64
+    return blocks.transpose(1, 3, 0, 2, 4).reshape(64, width)
+
+
+@pytest.mark.parametrize("width", [128, 512])
+def test_each_thread_copies_its_bytes_of_the_chosen_entries(width):
+    rng = np.random.default_rng(width)
+    entries = rng.normal(size=(50, width)).astype(ml_dtypes.bfloat16)
+    index = rng.integers(-10, 50, 64).astype(np.int32)
+    machine = Machine([index, entries], 128 * width).run(gpu_fetch.plain_ptx(width))
+    assert (machine.written == 1).all()
+    np.testing.assert_array_equal(unswizzled(machine.shared, width), np.where(index[:, None] < 0, 0, entries[index]))
+
+
+@pytest.mark.parametrize("width", [128, 512])
+def test_each_thread_decodes_its_numbers_of_the_chosen_entries(width):
+    rng = np.random.default_rng(width)
+    storage = Fp8WithRope(width, 64)
+    entries = jnp.asarray(rng.normal(size=(50, width)) * np.exp2(rng.integers(-9, 9, (50, 1))), jnp.float32)
+    stored = storage.encode(entries)
+    index = rng.integers(-10, 50, 64).astype(np.int32)
+    arrays = [index, *(np.asarray(stored[name]) for name in ("values", "scales", "rope"))]
+    machine = Machine(arrays, 128 * width).run(gpu_fetch.fp8_ptx(width - 64))
+    decoded = np.asarray(storage.decode(stored, jnp.bfloat16))
+    assert (machine.written == 1).all()
+    np.testing.assert_array_equal(unswizzled(machine.shared, width), np.where(index[:, None] < 0, 0, decoded[index]))
+
+
+def test_parts_fill_the_gpu_once_and_are_no_smaller_than_a_tile():
+    assert [gpu.parts_of(programs, 16) for programs in (1, 2, 16, 66, 132, 4096)] == [16, 16, 8, 2, 1, 1]
+    assert gpu.parts_of(1, 0) == 1
+
+
+def test_only_what_the_kernel_can_multiply_and_only_on_hopper(monkeypatch):
+    shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    q, entries = shape(1, 8, 128, 512), shape(1, 99, 512)
+    assert not gpu.supports(q, entries)  # here is no GPU
+    with platforms.compiling_for("cuda"):
+        assert not gpu.supports(q, entries)  # of which kind is not said, nor how many
+    monkeypatch.setattr(gpu, "is_hopper", lambda: True)
+    assert gpu.supports(q, entries)
+    assert not gpu.supports(shape(1, 8, 16, 512), entries)
+    assert not gpu.supports(shape(1, 8, 64, 576), shape(1, 99, 576))
+    assert not gpu.supports(q, jax.ShapeDtypeStruct(entries.shape, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [(["9.0"], True), (["10.0"], False), (["8.9"], False), (["9.0", "9.0"], False)]
+)
+def test_one_gpu_with_warpgroup_products(capabilities, expected, monkeypatch):
+    gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: gpus)
+    assert platforms.is_hopper() == expected
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", ["h100", "h200"])
+@pytest.mark.parametrize(("length", "heads"), [(64, 128), (1, 64)], ids=["prefill", "decode"])
+def test_the_kernels_compile_for_hopper(chip, length, heads):
+    lse = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
+    shapes = bf16(1, length, heads, 512), bf16(1, 4096, 512), int32(1, length, 1024), lse
+    *given, lse = arrays(chip, *shapes)
+    assert compiled(chip, lambda *x: gpu.forward(*x, SCALE), *given).count(CALL) == 1
+    text = compiled(chip, lambda *x: gpu.backward(*x, SCALE), *given, given[0], lse, given[0], lse)
+    assert text.count(CALL) == 3
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("storage", [Plain(512, "bfloat16"), Fp8WithRope(512, 64)], ids=["bfloat16", "fp8"])
+def test_entries_of_a_cache_are_read_where_they_lie(storage):
+    """No copy of the pool: the program needs little memory beside its arguments, that of the parts of outputs."""
+    pool = jax.eval_shape(lambda: storage.zeros((2, 4096, 32)))
+    pages = Pages(pool, int32(), int32(8, 512), storage, per_block=32)
+    q, pages, indices = arrays("h200", bf16(8, 1, 128, 512), pages, int32(8, 1, 1024))
+    memory = compile_for("h200", lambda *x: gpu.forward_pages(*x, SCALE), q, pages, indices).memory_analysis()
+    assert 8 * memory.temp_size_in_bytes < memory.argument_size_in_bytes
+
+
+def bf16(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def int32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def arrays(chip, *trees):
+    from sharding.targets import parse_target
+
+    here = jax.sharding.SingleDeviceSharding(parse_target(f"{chip}:1x1").devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), trees)
+
+
+def compile_for(chip, function, *shapes):
+    from sharding.targets import parse_target
+
+    return jax.jit(function).lower(*shapes).compile(parse_target(f"{chip}:1x1").compiler_options)
+
+
+def compiled(chip, function, *shapes):
+    return compile_for(chip, function, *shapes).as_text()

@@ -72,12 +72,12 @@ def test_scores_of_any_size_and_sign_are_in_order():
 
 def test_scores_are_rounded_to_bf16_as_elsewhere():
     rng = np.random.default_rng(3)
-    draw = lambda *shape: jnp.asarray(rng.integers(-9, 10, shape) / 8, jnp.float32)  # noqa: E731
-    operands = IndexOperands(draw(1, 8, 3, 8), draw(1, 500, 8), draw(1, 8, 3))
-    bounds, search = (jnp.zeros((1, 8), jnp.int32), jnp.full((1, 8), 500, jnp.int32)), Search(bf16=True)
-    wanted = np.sort(xla.index_topk(operands, *bounds, 60, search))
-    np.testing.assert_array_equal(chosen(operands, *bounds, 60, search=search), wanted)
-    assert (wanted != np.sort(xla.index_topk(operands, *bounds, 60))).any()
+    draw = lambda *shape: jnp.asarray(rng.integers(-80, 81, shape), jnp.float32)  # noqa: E731
+    operands = IndexOperands(draw(1, 8, 3, 8), draw(1, 1000, 8), draw(1, 8, 3))
+    bounds, search = (jnp.zeros((1, 8), jnp.int32), jnp.full((1, 8), 1000, jnp.int32)), Search(bf16=True)
+    wanted = np.sort(xla.index_topk(operands, *bounds, 200, search))
+    np.testing.assert_array_equal(chosen(operands, *bounds, 200, search=search), wanted)
+    assert (wanted != np.sort(xla.index_topk(operands, *bounds, 200))).any()
 
 
 def test_nothing_is_read_before_it_is_there():

@@ -33,9 +33,9 @@ def index_topk(
         return paged.index_topk(*operands, hi, min(k, operands.pages.capacity), search)
     # The barrier ties the bounds to the operands. By themselves they are the same in every layer of a scan, and its
     # differentiation would compute their masks, queries x entries, before the loop and keep them.
-    fixed = jax.lax.optimization_barrier(jax.lax.stop_gradient((*operands, lo, hi)))
+    arrays = jax.lax.optimization_barrier(jax.lax.stop_gradient((*operands, lo, hi)))
     kernel = partial(_over, tpu.index_topk, k, search) if tpu.supports(operands) else None
-    return by_platform(*fixed, xla=partial(_over, xla.index_topk, k, search), tpu=kernel)
+    return by_platform(*arrays, xla=partial(_over, xla.index_topk, k, search), tpu=kernel)
 
 
 def _over(backend, k, search, queries, keys, weights, lo, hi) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.grouped_matmul import tpu
-from dsv4_jax.kernels.platforms import by_platform
+from dsv4_jax.kernels.platforms import by_platform, on_one_device
 from dsv4_jax.quantization.packed import Packed
 
 COLUMNS = 512
@@ -15,9 +15,10 @@ COLUMNS = 512
 def packed_dot(x: jax.Array, weight: Packed) -> jax.Array:
     """`x @ weight`, [.., I] x [I, O] -> float32 [.., O], the numbers of the weight taken in x's dtype.
 
-    No more than about `COLUMNS` columns of the weight exist as floats at a time, on TPUs none outside a kernel.
+    No more than about `COLUMNS` columns of the weight exist as floats at a time, on a single TPU none outside a kernel:
+    products like this one stand where the compiler spreads arrays over devices, and it cannot cut a kernel into parts.
     """
-    kernel = tpu.packed_product if tpu.supports_packed(x, weight) else None
+    kernel = tpu.packed_product if on_one_device() and tpu.supports_packed(x, weight) else None
     out = by_platform(x.reshape(-1, x.shape[-1]), weight, xla=in_chunks, tpu=kernel)
     return out.reshape(*x.shape[:-1], -1)
 

@@ -74,9 +74,14 @@ def by_platform(
     here = _platform()
     kernels = {"tpu": tpu, "cuda": gpu}
     chosen = kernels.get(here)
-    if chosen is None or _choice() == "xla":
+    if chosen is None or not kernels_allowed() or _choice() == "xla":
         return xla(*operands)
     return jax.lax.platform_dependent(*operands, **{here: chosen}, default=xla)
+
+
+def on_one_device() -> bool:
+    """Whether the program is compiled for a single device, that is here: no array can be spread over several."""
+    return _elsewhere.get() is None and jax.device_count() == 1
 
 
 def is_hopper() -> bool:
@@ -85,10 +90,8 @@ def is_hopper() -> bool:
     Later GPUs lack these instructions. With several devices XLA would copy whole operands to each of them: it cannot
     partition a kernel.
     """
-    if _elsewhere.get() is not None or jax.default_backend() != "gpu":
-        return False
-    devices = jax.devices()
-    return len(devices) == 1 and devices[0].compute_capability.startswith("9.")
+    here = on_one_device() and jax.default_backend() == "gpu"
+    return here and jax.devices()[0].compute_capability.startswith("9.")
 
 
 def _platform() -> str:

@@ -34,12 +34,13 @@ def close(name, found, wanted, tolerance=TOLERANCE):
     assert np.abs(found[finite] - wanted[finite]).max() <= tolerance * np.abs(wanted[finite]).max(), name
 
 
-def operands(rng, length, width, entries, count, heads=64):
+def operands(rng, batch, length, width, entries, count, heads=64):
     """Queries, entries, and distinct choices of a random number each; the first query chooses nothing."""
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)  # noqa: E731
-    order = np.argsort(rng.random((1, length, entries)), -1)[..., :count]
-    unused = rng.random(order.shape) < np.linspace(1, 0, length)[:, None]
-    return draw(1, length, heads, width), draw(1, entries, width), jnp.asarray(np.where(unused, -1, order), jnp.int32)
+    order = np.argsort(rng.random((batch, length, entries)), -1)[..., :count]
+    unused = rng.random(order.shape) < np.linspace(1, 0, batch * length).reshape(batch, length, 1)
+    indices = jnp.asarray(np.where(unused, -1, order), jnp.int32)
+    return draw(batch, length, heads, width), draw(batch, entries, width), indices
 
 
 def stated(q, entries, indices):
@@ -52,7 +53,7 @@ def stated(q, entries, indices):
 def test_chosen_entries_whole_and_in_parts(width, processors, parts, interpreter, monkeypatch):
     monkeypatch.setattr(gpu, "PROCESSORS", processors)
     assert gpu.parts_of(2, 3) == parts
-    q, entries, indices = operands(np.random.default_rng(parts), 2, width, 160, 150)
+    q, entries, indices = operands(np.random.default_rng(parts), 2, 1, width, 160, 150)
     out, lse = gpu.forward(q, entries, indices, SCALE, interpreter)
     for name, a, b in zip(("out", "lse"), (out, lse), stated(q, entries, indices), strict=True):
         close(name, a, b)
@@ -62,9 +63,9 @@ def test_chosen_entries_whole_and_in_parts(width, processors, parts, interpreter
 @pytest.mark.slow
 def test_gradients_of_queries_and_entries(interpreter):
     rng = np.random.default_rng(5)
-    q, entries, indices = operands(rng, 3, 128, 80, 70, heads=128)
+    q, entries, indices = operands(rng, 2, 2, 128, 80, 70, heads=128)
     d_out = jnp.asarray(rng.normal(size=q.shape), jnp.bfloat16)
-    d_lse = jnp.asarray(rng.normal(size=q.shape[:3]), jnp.float32).at[:, 0].set(0)  # which chose nothing
+    d_lse = jnp.asarray(rng.normal(size=q.shape[:3]), jnp.float32).at[0, 0].set(0)  # which chose nothing
     (out, lse), pull = jax.vjp(lambda *x: stated(*x, indices), q, entries)
     wanted = pull((d_out.astype(jnp.float32), d_lse))
     found = gpu.backward(q, entries, indices, out.astype(q.dtype), lse, d_out, d_lse, SCALE, interpreter)
@@ -87,7 +88,7 @@ def test_rows_of_one_number_are_added_in_order(interpreter):
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", [Plain(128, "bfloat16"), Fp8WithRope(128, 64)], ids=["bfloat16", "fp8"])
 def test_entries_of_a_cache_as_they_are_stored(storage, interpreter):
-    q, entries, indices = operands(np.random.default_rng(1), 2, 128, 12, 10)
+    q, entries, indices = operands(np.random.default_rng(1), 1, 2, 128, 12, 10)
     nan = lambda x: jnp.full_like(x, jnp.iinfo(x.dtype).max)  # noqa: E731
     store = {name: nan(x) for name, x in storage.zeros((2, 5, 4)).items()}
     pages = Pages(store, jnp.int32(1), jnp.asarray([[3, 0, 4]], jnp.int32), storage, per_block=4)

@@ -80,9 +80,7 @@ def _forward(
 ) -> Branch:
     """`choice` [B, S, k] are the chosen entries of each query; with a band [B, S, 2], the range that it sees."""
     plain = partial(xla.forward, scale=scale, gathered=band is None)
-    on_tpu = _kernel("forward", q, entries, scale, band, kernels)
-    on_gpu = partial(gpu.forward, scale=scale) if kernels and band is None and gpu.supports(q, entries) else None
-    return by_platform(q, entries, choice, xla=plain, tpu=on_tpu, gpu=on_gpu)
+    return by_platform(q, entries, choice, xla=plain, **_kernels("forward", q, entries, scale, band, kernels))
 
 
 def _attend_fwd(q, entries, choice, scale, band, kernels):
@@ -91,20 +89,20 @@ def _attend_fwd(q, entries, choice, scale, band, kernels):
 
 
 def _attend_bwd(scale, band, kernels, saved, cotangents):
-    kernel = _kernel("backward", saved[0], saved[1], scale, band, kernels)
     plain = partial(xla.backward, scale=scale, gathered=band is None)
-    dq, d_entries = by_platform(*saved, *cotangents, xla=plain, tpu=kernel)
+    of_platforms = _kernels("backward", saved[0], saved[1], scale, band, kernels)
+    dq, d_entries = by_platform(*saved, *cotangents, xla=plain, **of_platforms)
     return dq, d_entries, None
 
 
-def _kernel(
-    name: str, q: jax.Array, entries: jax.Array, scale: float, band: Band | None, kernels: bool
-) -> Callable[..., Any] | None:
-    """A TPU's kernel, `name` being "forward" or "backward", where there is one for these operands."""
-    backend = tpu if band is None else tpu_range
-    if not (kernels and backend.supports(q, entries)):
-        return None
-    return partial(getattr(backend, name), scale=scale, **({} if band is None else {"band": band}))
-
-
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _kernels(
+    name: str, q: jax.Array, entries: jax.Array, scale: float, band: Band | None, allowed: bool
+) -> dict[str, Callable[..., Any]]:
+    """The kernels that take these operands, by platform; `name` is "forward" or "backward"."""
+    backends = {"tpu": tpu, "gpu": gpu} if band is None else {"tpu": tpu_range}
+    options = {"scale": scale} if band is None else {"scale": scale, "band": band}
+    taking = {platform: x for platform, x in backends.items() if allowed and x.supports(q, entries)}
+    return {platform: partial(getattr(backend, name), **options) for platform, backend in taking.items()}

@@ -30,10 +30,14 @@ WIDEST = 512  # columns: of 64 rows, half of them fill the registers of a warpgr
 
 
 def supports(q: jax.Array, entries: jax.Array) -> bool:
-    """Whether the kernel takes these operands and the program is compiled for a GPU that has its instructions."""
+    """Whether the kernels take these operands and the program is compiled for a GPU that has their instructions."""
+    return entries.dtype == jnp.bfloat16 and _supports_queries(q)
+
+
+def _supports_queries(q: jax.Array) -> bool:
     *_, heads, width = q.shape
     shaped = heads % ROWS == 0 and width % (2 * ROWS) == 0 and width <= WIDEST
-    return shaped and q.dtype == entries.dtype == jnp.bfloat16 and is_hopper()
+    return shaped and q.dtype == jnp.bfloat16 and is_hopper()
 
 
 def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, interpret: Any = False) -> Branch:
@@ -76,10 +80,10 @@ def backward(
     rows, index = entries.reshape(-1, width), jnp.where(indices >= 0, indices + first, -1)
 
     def one(d_entries: jax.Array, args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        *by_head, index = (x.reshape(-1, *x.shape[2:]) for x in args)
+        q, d_out, lse, delta, index = (x.reshape(-1, *x.shape[2:]) for x in args)
         tiles, used = in_tiles(index, 1)
-        d_q = d_queries(*by_head, rows, tiles, used, scale, interpret)
-        gradients = d_rows(*by_head, rows, tiles, scale, interpret).reshape(-1, width)
+        d_q = d_queries(q, d_out, lse, delta, rows, tiles, used, scale, interpret)
+        gradients = d_rows(q, d_out, lse, delta, rows, tiles, scale, interpret).reshape(-1, width)
         return sum_by_row(gradients, tiles.reshape(-1), d_entries, interpret), d_q.reshape(args[0].shape)
 
     by_head, chunk = (q, d_out.astype(q.dtype), lse, delta), min(BACKWARD_QUERIES, q.shape[1])
@@ -93,8 +97,7 @@ def supports_pages(q: jax.Array, pages: Pages) -> bool:
     storage, total = pages.storage, math.prod(next(iter(pages.store.values())).shape[:3])
     plain = isinstance(storage, Plain) and storage.dtype == "bfloat16"
     fp8 = isinstance(storage, Fp8WithRope) and storage.rope == ROTARY
-    entries = jax.ShapeDtypeStruct((), jnp.bfloat16)
-    return (plain or fp8) and total < 2**31 and supports(q, entries)
+    return (plain or fp8) and total < 2**31 and _supports_queries(q)
 
 
 def forward_pages(q: jax.Array, pages: Pages, indices: jax.Array, scale: float, interpret: Any = False) -> Branch:

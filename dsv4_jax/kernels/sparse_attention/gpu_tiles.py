@@ -27,14 +27,14 @@ def product(a: Any, b: Any, interpret: Any) -> jax.Array:
         plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> jax.Array:
+def add_product(total: jax.Array, a: Any, b: Any, interpret: Any) -> Any:
     """total + a x b: a [64, n] in registers or shared memory, b [n, m] in shared memory."""
     if interpret:
         return total + _dot(a, b)
-    return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(plgpu.ACC.init(total))
+    return pl.run_state(lambda total: plgpu.wgmma(total, a, b))(plgpu.WGMMAAccumulatorRef.init(total))
 
 
 def transposed(ref: Any, interpret: Any) -> Any:

@@ -6,11 +6,15 @@ only.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.platforms import by_platform
+from dsv4_jax.kernels.sparse_attention import gpu
 from dsv4_jax.kernels.sparse_attention.xla import Branch, attend_keys
 
 TILE = 1024  # entries that are decoded and attended together
@@ -40,6 +44,11 @@ def range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) -> 
 
 def gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends the entries `indices[t]` of its sequence; [B, S, k], -1 is unused."""
+    kernel = partial(gpu.forward_pages, scale=scale) if gpu.supports_pages(q, pages) else None
+    return by_platform(q, pages, indices, xla=partial(_gather_attention, scale=scale), gpu=kernel)
+
+
+def _gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: float) -> Branch:
     batch, length, heads, width = q.shape
 
     def one(args: tuple[jax.Array, jax.Array]) -> Branch:

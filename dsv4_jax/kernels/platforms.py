@@ -27,7 +27,7 @@ def compiling_for(platform: Platform) -> Iterator[None]:
 
     What JAX remembers of functions traced for another platform is dropped: it does not know this context.
     """
-    if platform != _platform():
+    if platform != compiled_for():
         jax.clear_caches()
     token = _elsewhere.set(platform)
     try:
@@ -54,6 +54,12 @@ def kernels_allowed() -> bool:
     return not _partitioned.get()
 
 
+def compiled_for() -> str:
+    """The platform that programs are traced for here: cpu, tpu, cuda, or another of JAX's."""
+    here = _elsewhere.get() or jax.default_backend()
+    return "cuda" if here == "gpu" else here
+
+
 def by_platform(
     *operands: Any,
     xla: Callable[..., Any],
@@ -71,7 +77,7 @@ def by_platform(
         tpu: the kernel for TPUs; None where these operands have none.
         gpu: the kernel for NVIDIA GPUs, Hopper and later; None where these operands have none.
     """
-    here = _platform()
+    here = compiled_for()
     kernels = {"tpu": tpu, "cuda": gpu}
     chosen = kernels.get(here)
     if chosen is None or not kernels_allowed() or _choice() == "xla":
@@ -92,11 +98,6 @@ def is_hopper() -> bool:
     """
     here = on_one_device() and jax.default_backend() == "gpu"
     return here and jax.devices()[0].compute_capability.startswith("9.")
-
-
-def _platform() -> str:
-    here = _elsewhere.get() or jax.default_backend()
-    return "cuda" if here == "gpu" else here
 
 
 def _choice() -> str:

@@ -53,7 +53,7 @@ def compiled(branch, chip, heads, count, entries):
 @pytest.mark.parametrize("chip", SLICES)
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize(
-    ("branch", "entries", "kernels"), [(gathered, 1 << 16, 2), (ranged, 8192, 3), (windowed, LENGTH, 3)]
+    ("branch", "entries", "kernels"), [(gathered, 1 << 16, 2), (ranged, 8192, 3), (windowed, LENGTH, 4)]
 )
 def test_kernels_compile_at_the_releases_shapes(branch, entries, kernels, shapes, chip):
     heads, count = SHAPES[shapes]

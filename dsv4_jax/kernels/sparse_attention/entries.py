@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.platforms import by_platform, kernels_allowed
+from dsv4_jax.kernels.platforms import by_platform, compiled_for, kernels_allowed
 from dsv4_jax.kernels.sparse_attention import bands, gpu, tpu, tpu_range, xla
 from dsv4_jax.kernels.sparse_attention.bands import Band
 from dsv4_jax.kernels.sparse_attention.xla import Branch
@@ -40,14 +40,15 @@ def window_attention(
     To the kernel of a TPU a window is a range of entries.
     """
     plain = lambda q, kv: xla.window_attention(q, kv, segment_ids, window, scale, positions)  # noqa: E731
-    if not (kernels_allowed() and tpu_range.supports(q, kv)):
+    if not (compiled_for() == "tpu" and kernels_allowed() and tpu_range.supports(q, kv)):
         return plain(q, kv)
 
     def kernel(q: jax.Array, kv: jax.Array) -> Branch:
         bounds = window_bounds(q.shape[0], q.shape[1], segment_ids, window, positions)
         return _attend(q, kv, bounds, scale, window_band(window), True)
 
-    return by_platform(q, kv, xla=plain, tpu=kernel)
+    # Recomputed when differentiated: otherwise each backend would keep zeros in place of what the other one keeps.
+    return jax.checkpoint(lambda q, kv: by_platform(q, kv, xla=plain, tpu=kernel))(q, kv)
 
 
 def window_band(window: int) -> Band:

@@ -11,6 +11,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WHERE = "import dsv4_jax\n\nprint(dsv4_jax.__file__)"
 
 
+QUICK = {"plan"}  # seconds; the others compile a lot
+
+
+def in_its_suite(path):
+    return pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow])
+
+
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -39,7 +46,7 @@ def test_installs_itself_only_where_it_is_missing(path):
     assert action.strip() == "%pip install --quiet dsv4-jax"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [in_its_suite(path) for path in NOTEBOOKS])
 def test_runs(path):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(WHERE))

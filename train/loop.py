@@ -21,7 +21,7 @@ from sharding.distributed import first_then_others, from_first
 from train import adapted
 from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
-from train.data.tokens import default_cache
+from train.data.tokens import TokenStore, default_cache
 from train.evaluate import Evaluator
 from train.interruptions import RunLog, Termination
 from train.metrics import Progress, device_peak, measured_matmul_peak
@@ -71,7 +71,7 @@ def train(
         run.say(_headline(recipe, config, folder, resuming))
         store = first_then_others(lambda: open_source(recipe, config, cache))
         check_recall(recipe, store)
-        if not resuming:
+        if not resuming and isinstance(store, TokenStore):
             check_vocabulary(recipe, store.tokenizer)
         folder.begin(recipe, config)
         from_first(lambda: folder.bind_data(store))

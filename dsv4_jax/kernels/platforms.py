@@ -87,7 +87,7 @@ def by_platform(
 
 def on_one_device() -> bool:
     """Whether the program is compiled for a single device, that is here: no array can be spread over several."""
-    return _elsewhere.get() is None and jax.device_count() == 1
+    return _elsewhere.get() is None and len(jax.devices()) == 1
 
 
 def is_hopper() -> bool:

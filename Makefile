@@ -35,7 +35,7 @@ train: $(READY)
 	$(BIN)/dsv4 train nano
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations=25
 
 lint: $(READY)
 	$(BIN)/ruff check .

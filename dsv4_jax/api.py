@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 
 Shardings = Callable[[DeepseekV4Config], Any]
+_ARRAYS = ("params", "tokens", "segment_ids", "expert_ids", "cache", "counts")
+_STATIC = tuple(name for name in inspect.signature(_model.forward).parameters if name not in _ARRAYS)
+_compiled_forward = jax.jit(_model.forward, static_argnames=_STATIC)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +51,10 @@ class Model:
     def forward(self, params: _model.Params, tokens: jax.Array, *, cache: Cache | None = None, **options: Any) -> Any:
         """`dsv4_jax.model.forward` for this config: tokens int32 [B, S] -> `.logits` [B, S, V] float32 and more.
 
-        With a `cache` the tokens follow what it holds, and the result is (output, cache with these tokens).
+        With a `cache` the tokens follow what it holds, and the result is (output, cache with these tokens). Compiled at
+        the first call for each shape of tokens and cache and each choice of options.
         """
-        out = _model.forward(self.config, params, jnp.asarray(tokens, jnp.int32), cache=cache, **options)
+        out = _compiled_forward(self.config, params, jnp.asarray(tokens, jnp.int32), cache=cache, **options)
         return out if cache is None else (out, out.cache)
 
     def init_cache(self, batch: int, capacity: int, format: str = "float32", blocks: int | None = None) -> Cache:
@@ -101,7 +106,7 @@ def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:
     """
     config = preset(config) if isinstance(config, str) else config
     key = jax.random.key(key) if isinstance(key, int) else key
-    return Model(config, jax.jit(weights.init, static_argnums=0)(config, key))
+    return Model(config, jax.jit(weights.init, static_argnums=0, compiler_options=weights.draw_quickly())(config, key))
 
 
 def load(

@@ -29,6 +29,11 @@ def init(config: DeepseekV4Config, key: jax.Array) -> Params:
     return params
 
 
+def draw_quickly() -> dict[str, int]:
+    """Compiler options for `init`: on a CPU its many random numbers take far longer to optimise than to draw."""
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+
+
 def _init_block(config: DeepseekV4Config, spec: LayerSpec, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Block(config, spec, nnx.Rngs(key))))
 

@@ -126,7 +126,8 @@ class StepPlan:
         """
         shardings = self.placement.state(jax.eval_shape(lambda: self.init(0)))
         placed = {} if self.placement.mesh_partition is None else {"out_shardings": shardings}
-        return jax.jit(self.init, static_argnums=0, donate_argnums=1, **placed)(seed, params)
+        options = weights.draw_quickly() if params is None else {}
+        return jax.jit(self.init, static_argnums=0, donate_argnums=1, compiler_options=options, **placed)(seed, params)
 
 
 def moves(objective: Objective, fact: Fact) -> bool:

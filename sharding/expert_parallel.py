@@ -3,12 +3,12 @@
 Every device owns E / P experts and a part of the tokens. It sorts its (token, expert) pairs by owner and sends each
 owner up to `capacity` of them in an all-to-all; the owner multiplies what it got as on one device, and a second
 all-to-all brings the results back. Pairs beyond the capacity go in further rounds, which run only when some device
-needs them: the buffers have a fixed size and no token is ever dropped.
+needs them: the buffers have a fixed size and no token is ever dropped. TPUs and GPUs exchange the filled part of the
+buffers only (`jax.lax.ragged_all_to_all`); CPUs have no such exchange and send them whole.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.partition import ExpertFunction
 from sharding.rules import used_axes
 
@@ -46,10 +47,14 @@ class Dispatch:
 
 
 class Places(NamedTuple):
-    """Where the pairs [N, k] of this device go: their owner, their rank among its pairs for that owner."""
+    """Where the pairs [N, k] of this device go: their owner, their rank among its pairs for that owner.
+
+    load: how many pairs each owner gets from this device, [owners].
+    """
 
     owner: jax.Array
     rank: jax.Array
+    load: jax.Array
 
 
 def plan_dispatch(tokens: int, k: int, experts: int, owners: int, headroom: float = HEADROOM) -> Dispatch:
@@ -134,7 +139,7 @@ def _exchange(
     if plan.rounds == 1:
         return out.astype(x.dtype)
     # The largest load anywhere decides, so that all devices run the same rounds.
-    needed = jax.lax.pmax(-(-(places.rank.max() + 1) // plan.capacity), mesh.axis_names)
+    needed = jax.lax.pmax(-(-places.load.max() // plan.capacity), mesh.axis_names)
 
     @jax.checkpoint
     def late_round(number: jax.Array, total: jax.Array, x: jax.Array, weights: jax.Array, matrices: Any) -> jax.Array:
@@ -152,9 +157,9 @@ def _places(owner: jax.Array, owners: int) -> Places:
     """Rank of every pair among the pairs of the same owner, in order of token: no sort, one cumulative count."""
     flat = owner.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    starts = jnp.searchsorted(flat[order], jnp.arange(owners), side="left").astype(jnp.int32)
+    bounds = jnp.searchsorted(flat[order], jnp.arange(owners + 1), side="left").astype(jnp.int32)
     rank = jnp.zeros(flat.size, jnp.int32).at[order].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
-    return Places(owner, (rank - starts[flat]).reshape(owner.shape))
+    return Places(owner, (rank - bounds[flat]).reshape(owner.shape), jnp.diff(bounds))
 
 
 def _round(
@@ -175,13 +180,48 @@ def _round(
     k = row.shape[1]
     pair_of = jnp.full(size, row.size, jnp.int32).at[row.reshape(-1)].set(jnp.arange(row.size), mode="drop")
     ids = (expert_ids % plan.experts).reshape(-1).at[pair_of].get(mode="fill", fill_value=plan.experts)
-    swap = partial(_all_to_all, owners=plan.owners)
-    got_ids = swap(ids)
-    got = swap(_to_rows(x, row, pair_of // k))
-    got_weights = swap(_to_rows(weights.reshape(-1, 1), row.reshape(-1, 1), pair_of))
+    sends = jnp.clip(places.load - number * plan.capacity, 0, plan.capacity)
+    gets = _all_to_all(sends, plan.owners)
+    got = _travel(_to_rows(x, row, pair_of // k), sends, gets)
+    got_ids = _all_to_all(ids, plan.owners)
+    got_weights = _all_to_all(_to_rows(weights.reshape(-1, 1), row.reshape(-1, 1), pair_of), plan.owners)
     done = apply(matrices, got, got_ids[:, None], got_weights)
-    back = swap(done)
-    return _from_rows(back, row, pair_of // k)
+    return _from_rows(_travel(done, gets, sends), row, pair_of // k)
+
+
+@jax.custom_vjp
+def _travel(x: jax.Array, sends: jax.Array, gets: jax.Array) -> jax.Array:
+    """Rows [owners * capacity, D], block i for owner i -> block i from owner i.
+
+    The first sends[i] rows of the block for owner i are real, and gets[i] of the one that comes from it. Where the
+    backend has ragged exchanges only these travel, and the others arrive as zeros.
+    """
+    return by_platform(x, sends, gets, xla=_whole_blocks, tpu=_real_rows, gpu=_real_rows)
+
+
+def _travel_fwd(x: jax.Array, sends: jax.Array, gets: jax.Array):
+    return _travel(x, sends, gets), (sends, gets)
+
+
+def _travel_bwd(saved, d_rows: jax.Array):
+    sends, gets = saved
+    return _travel(d_rows, gets, sends), None, None
+
+
+_travel.defvjp(_travel_fwd, _travel_bwd)
+
+
+def _whole_blocks(x: jax.Array, sends: jax.Array, gets: jax.Array) -> jax.Array:
+    del gets
+    return _all_to_all(x, sends.size)
+
+
+def _real_rows(x: jax.Array, sends: jax.Array, gets: jax.Array) -> jax.Array:
+    owners = sends.size
+    capacity = x.shape[0] // owners
+    starts = jnp.arange(owners, dtype=jnp.int32) * capacity
+    mine = jnp.broadcast_to(starts[jax.lax.axis_index(EXPERT)], starts.shape)  # where it begins at every owner
+    return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), starts, sends, mine, gets, axis_name=EXPERT)
 
 
 def _all_to_all(x: jax.Array, owners: int) -> jax.Array:
@@ -224,9 +264,3 @@ def _from_rows_bwd(saved, d_tokens: jax.Array):
 
 
 _from_rows.defvjp(_from_rows_fwd, _from_rows_bwd)
-
-
-def bytes_sent(plan: Dispatch, width: int, itemsize: int) -> int:
-    """Bytes that one device sends in a forward of one layer and round: there and back, with ids and weights."""
-    share = (plan.owners - 1) / plan.owners
-    return math.ceil(plan.owners * plan.capacity * share * (2 * width * itemsize + 8))

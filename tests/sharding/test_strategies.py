@@ -4,12 +4,15 @@ from functools import partial
 
 import jax
 import numpy as np
+import pytest
 from devices import on_devices
 from gathered import assert_nothing_large, gathered
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import TINY, random_params
 
 from dsv4_jax import model
-from dsv4_jax.config import CSA
+from dsv4_jax.config import CSA, HCA, SLIDING
 from dsv4_jax.partition import ALONE
 from dsv4_jax.segments import learned_choices
 from sharding.hlo import collectives
@@ -32,11 +35,11 @@ MESHES = [
 ]
 
 
-def batch():
+def batch(config=CONFIG, rows=ROWS, length=LENGTH, documents=4):
     rng = np.random.default_rng(1)
-    ends = np.sort(rng.integers(1, LENGTH, (ROWS, 3)), axis=1)
-    segments = 1 + (np.arange(LENGTH) >= ends[..., None]).sum(1)
-    tokens = rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH))
+    ends = np.sort(rng.integers(1, length, (rows, documents - 1)), axis=1)
+    segments = 1 + (np.arange(length) >= ends[..., None]).sum(1)
+    tokens = rng.integers(0, config.vocab_size, (rows, length))
     return {
         "tokens": tokens.astype(np.int32),
         "segment_ids": segments.astype(np.int32),
@@ -50,34 +53,81 @@ def plan_for(partition, config=CONFIG):
     return StepPlan(config, warmup_constant_cosine(1e-3, 1e-4, 0, 5, 10), 5, partition=partition)
 
 
-def gradients(partition):
+def gradients(partition, config, data):
     """Gradients and every part of the loss, the router statistics among them, on the host."""
-    plan = plan_for(partition)
-    params = random_params(CONFIG)  # at initial values the hyper-connections' gradients are small and mostly rounding
+    plan = plan_for(partition, config)
+    params = random_params(config)  # at initial values the hyper-connections' gradients are small and mostly rounding
     if plan.placement.mesh_partition is not None:
         params = jax.device_put(params, plan.placement.state(params))
     run = jax.jit(lambda params, batch: batch_gradients(plan, OBJECTIVES["sparse"], 1, params, batch, 0.3))
-    return jax.device_get(run(params, plan.placement.to_devices(batch(), ROWS)))
+    return jax.device_get(run(params, plan.placement.to_devices(data, len(data["tokens"]))))
 
 
-def compare(meshes):
+def compare(meshes, config=CONFIG, data=None):
     """By mesh: differences of the loss's parts, and the largest relative difference of a gradient."""
-    wanted, parts = gradients(ALONE)
+    data = data or batch()
+    wanted, parts = gradients(ALONE, config, data)
     found = {}
     for name, text in meshes:
         partition = MeshPartition(make_mesh(parse_mesh(text, 8)), find_strategy(name))
-        spread, spread_parts = gradients(partition)
+        spread, spread_parts = gradients(partition, config, data)
         relative = lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() + 1e-12))  # noqa: E731
         worst = max(jax.tree.leaves(jax.tree.map(relative, wanted, spread)))
         found[name, text] = {key: relative(parts[key], spread_parts[key]) for key in parts}, worst
     return found
 
 
-def test_loss_gradients_and_router_statistics_are_those_of_one_device():
-    for mesh, (parts, worst) in on_devices(8, compare, MESHES).items():
+def check(found):
+    for mesh, (parts, worst) in found.items():
         assert parts.pop("hc_errors") < 0.1, mesh  # distances from 1 of the order of rounding itself
         assert max(parts.values()) < LOSS, (mesh, parts)
         assert worst < GRADIENT, mesh
+
+
+def test_loss_gradients_and_router_statistics_are_those_of_one_device():
+    check(on_devices(8, compare, MESHES))
+
+
+@st.composite
+def models(draw):
+    """A strategy and mesh with a model and a batch that divide over it, and nothing else in common with the others."""
+    name, text = draw(st.sampled_from(MESHES))
+    sizes = parse_mesh(text, 8)
+    plans = [(SLIDING, 0), (CSA, draw(st.integers(2, 5))), (HCA, draw(st.integers(3, 9)))]
+    layers = draw(st.lists(st.sampled_from(plans), min_size=1, max_size=3))
+    kinds, ratios = zip(*layers, strict=True)
+    experts = 4 * draw(st.integers(1, 4))
+    config = CONFIG.replace(
+        num_hidden_layers=len(layers),
+        layer_types=kinds,
+        compress_ratios=ratios,
+        num_hash_layers=draw(st.integers(0, 1)),
+        n_routed_experts=experts,
+        num_experts_per_tok=draw(st.integers(1, 3)),
+        sliding_window=draw(st.integers(1, 9)),
+        index_topk=draw(st.integers(1, 6)),
+        hc_mult=draw(st.integers(2, 4)),
+    )
+    rows = 8 * draw(st.integers(1, 2)) // sizes["context"]
+    length = sizes["context"] * draw(st.integers(10, 14))  # long enough for every shard to hold what reaches back
+    return name, text, config, batch(config, rows, length, draw(st.integers(1, 5)))
+
+
+def drawn_models_agree(examples):
+    """Raises with the smallest model that differs."""
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(models())
+    def agrees(case):
+        name, text, config, data = case
+        check(compare([(name, text)], config, data))
+
+    agrees()
+
+
+@pytest.mark.slow
+def test_any_model_and_batch_on_any_strategy_gives_what_one_device_gives():
+    on_devices(8, drawn_models_agree, 12, timeout=3000)
 
 
 def chosen_ahead(name, text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 
 from dsv4_jax.errors import UserError
@@ -15,6 +16,31 @@ devices, all waiting in two different collectives, nothing goes on (seen with ja
 def cpu_threads(devices: int) -> str:
     """Threads for a process with so many CPU devices."""
     return str(max(4 * devices, os.cpu_count() or 1))
+
+
+def pretend_devices(count: int, patience: int = 600) -> None:
+    """Lets the CPU show as `count` devices, for trying a mesh out without having one. Call it before jax is imported.
+
+    Accelerators are not used then. Flags that the environment holds already stay.
+
+    Args:
+        count: devices.
+        patience: seconds that a device may wait for the others in a collective; a busy machine needs many.
+
+    Raises:
+        UserError: when jax has started already with other devices.
+    """
+    if "jax" in sys.modules:
+        import jax
+
+        if (jax.default_backend(), jax.device_count()) == ("cpu", count):
+            return
+        raise UserError(f"jax has started with other devices: {count} pretended ones need a fresh process, or kernel")
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    flags += [f"--xla_force_host_platform_device_count={count}"]
+    flags += [f"--xla_cpu_collective_call_terminate_timeout_seconds={patience}"]
+    os.environ |= {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    os.environ.setdefault(CPU_THREADS, cpu_threads(count))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,29 @@ COMMAND = [sys.executable, "-m", "dsv4_jax.cli"]
 QUICK = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+PRETEND = """
+from sharding.processes import pretend_devices
+pretend_devices(3)
+import jax
+print(jax.device_count(), jax.default_backend(), jax.jit(lambda x: x.sum())(jax.numpy.ones(4)))
+pretend_devices(3)  # a cell that is run again
+try:
+    pretend_devices(4)
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_cpu_pretends_to_be_several_devices_if_it_is_asked_before_jax_starts():
+    flags = {"XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=2"}
+    done = subprocess.run(
+        [sys.executable, "-c", PRETEND], env=os.environ | flags, cwd=ROOT, capture_output=True, text=True
+    )
+    said = done.stdout.splitlines()
+    assert said[0] == "3 cpu 4.0", done.stderr
+    assert said[1] == "jax has started with other devices: 4 pretended ones need a fresh process, or kernel"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with texts and a recipe of forty steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -45,6 +45,7 @@ def train(
     cache: str | Path | None = None,
     partition: Partition = ALONE,
     compiled: dict[Any, Any] | None = None,
+    watch: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a recipe to its end, from the newest good checkpoint in `out` if the folder holds this very run.
 
@@ -54,6 +55,7 @@ def train(
         cache: where token files are kept; the user's cache folder by default.
         partition: how the run lies on devices (`train.placement.place`).
         compiled: programs that runs on the same devices share, a dictionary that is empty at first.
+        watch: called with every line of metrics.jsonl as it is written, to draw curves while the run goes on, say.
 
     Returns:
         The summary that is also written to `summary.json`.
@@ -64,7 +66,7 @@ def train(
     config = recipe.check()
     folder = RunFolder(out)
     resuming = from_first(lambda: folder.check(recipe))
-    run = Run(recipe, config, folder, partition, compiled)
+    run = Run(recipe, config, folder, partition, compiled, watch)
     for stage in recipe.stages:
         run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):
@@ -97,6 +99,7 @@ def _all_stages(
     programs, undo, speaks = Programs(run), None, jax.process_index() == 0
     newest = partial(_newest, checkpoints)
     shown = {"first_step": first, "total_tokens": recipe.tokens, "stream": None if speaks else io.StringIO()}
+    shown |= {"watch": run.watch}
     with Progress(recipe.steps, **shown) as progress, Termination() as termination:
         run.say = progress.note if speaks else say
         watch = Watch(recipe.stability, run.say, newest)
@@ -148,6 +151,7 @@ class Run:
     folder: RunFolder
     partition: Partition = ALONE
     compiled: dict[Any, Any] | None = None
+    watch: Callable[[Mapping[str, Any]], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     say: Callable[..., None] = print
 

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -90,6 +90,7 @@ class Progress:
       total_tokens: makes the time left follow tokens instead of steps, for runs whose batch grows.
       every: seconds between plain lines.
       stream: standard output by default.
+      watch: called with every line of metrics.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class Progress:
         total_tokens: int | None = None,
         every: float = 10.0,
         stream: TextIO | None = None,
+        watch: Callable[[Mapping[str, Any]], None] | None = None,
     ):
         """See the class."""
+        self.watch = watch
         self.total_steps, self.total_tokens, self.every = total_steps, total_tokens, every
         self._stream = sys.stdout if stream is None else stream
         self._times: deque[tuple[float, int]] = deque(maxlen=50)
@@ -120,6 +123,8 @@ class Progress:
         elif now - self._last_print >= self.every or line["step"] >= self.total_steps or set(HELDOUT) & set(line):
             self._last_print = now
             self.note(text)
+        if self.watch is not None:
+            self.watch(line)
 
     def describe(self, line: Mapping[str, Any]) -> str:
         """One line of text for one line of metrics."""

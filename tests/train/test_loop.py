@@ -129,8 +129,10 @@ def test_a_resumed_run_repeats_the_losses_bit_by_bit(home, recipe, finished):
     folder = home / "resumed"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "checkpoints" / "6")
-    train(recipe, folder, cache=home / "cache")
+    watched = []
+    train(recipe, folder, cache=home / "cache", watch=watched.append)
     assert losses(folder) == losses(finished[0])
+    assert watched == [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] > 4 and "loss" in line]
     leaves = [jax.tree.leaves(load_params(run / "checkpoints")[1]) for run in (folder, finished[0])]
     assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 

@@ -6,6 +6,7 @@ that layers of all kinds can be read on the same text.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,18 +102,24 @@ def _lines(pieces: Sequence[str], columns: int) -> tuple[list[tuple[int, str, in
     """(token, text, column, line) of every stretch of a token on one line, and the number of lines."""
     runs, column, line = [], 0, 0
     for token, piece in enumerate(pieces):
-        for part_number, part in enumerate(piece.replace("\t", "    ").split("\n")):
-            if part_number:
+        for number, part in enumerate(piece.replace("\t", "    ").split("\n")):
+            if number:
                 column, line = 0, line + 1
+            part = "".join(map(_drawn, part))
             while part:
                 if column >= columns:
                     column, line = 0, line + 1
                 here, part = part[: columns - column], part[columns - column :]
-                runs.append(
-                    (token, "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in here), column, line)
-                )
+                runs.append((token, here, column, line))
                 column += len(here)
     return runs, line + 1
+
+
+def _drawn(letter: str) -> str:
+    """A letter of the width of all others: wide ones as their narrow form, or a box."""
+    narrow = unicodedata.normalize("NFKC", letter)
+    alone = len(narrow) == 1 and narrow.isprintable() and unicodedata.east_asian_width(narrow) not in "WF"
+    return narrow if alone else "\N{WHITE SQUARE}"
 
 
 def _box(column: int, line: int, width: int, style: Mapping[str, Any]) -> Any:

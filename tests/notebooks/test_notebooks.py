@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WHERE = "import dsv4_jax\n\nprint(dsv4_jax.__file__)"
 
 
-NAMES = {"audit", "inside", "plan", "pretrain", "sharding"}
+NAMES = {"audit", "inside", "long_context", "plan", "pretrain", "sharding"}
 QUICK = {"plan"}  # seconds; the others compile a lot
 SHOWN = re.compile(r"\bplt\.show\(\)|\bImage\(")  # what a cell shows as a picture
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dsv4_jax.config_checks import FLOATS, ConfigError, check_plan, check_values, nearest
+from dsv4_jax.baseline import SIZES, BaselineSizes
+from dsv4_jax.config_checks import FLOATS, ConfigError, check_plan, check_values, nearest, refuse_unknown
 from dsv4_jax.layer_plan import (
     CSA,
     HCA,
+    MLA_SPARSE,
     RELEASED_KINDS,
     SLIDING,
     AttentionKind,
@@ -92,6 +94,7 @@ class DeepseekV4Config:
     expert_dtype: str | None = None
     quantization_config: Mapping[str, Any] | None = None
     adaptive_routing_temperature: float = 0.0  # the article's section 3.2; 0 is off, as in every release
+    baseline: BaselineSizes = BaselineSizes()  # of layers that are no V4, to compare with; a mapping will do
 
     def __post_init__(self) -> None:
         """Normalise numbers, check every value, fill the derived fields, check the plan."""
@@ -99,6 +102,9 @@ class DeepseekV4Config:
             self._fill(name, _as_float(getattr(self, name)))
         if self.rope_scaling is not None:
             self._fill("rope_scaling", {key: _as_float(value) for key, value in self.rope_scaling.items()})
+        if isinstance(self.baseline, Mapping):
+            refuse_unknown(self.baseline, SIZES, "baseline")
+            self._fill("baseline", BaselineSizes(**self.baseline))
         self._fill("compress_ratios", tuple(self.compress_ratios))
         check_values(self)
         self._fill("layer_types", self._attention_kinds())
@@ -152,8 +158,8 @@ class DeepseekV4Config:
 
     @property
     def has_indexer(self) -> bool:
-        """Whether any layer is a CSA layer."""
-        return CSA in self.layer_types
+        """Whether any layer chooses by an indexer: a CSA layer, or `mla_sparse`."""
+        return CSA in self.layer_types or MLA_SPARSE in self.layer_types
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:

@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsv4_jax.baseline import wrong_sizes
 from dsv4_jax.errors import UserError
-from dsv4_jax.layer_plan import ATTENTION_KINDS, ROUTING_KINDS, SLIDING
+from dsv4_jax.layer_plan import ATTENTION_KINDS, BASELINE_KINDS, ROUTING_KINDS, SLIDING
 
 if TYPE_CHECKING:
     from dsv4_jax.config import DeepseekV4Config
@@ -38,13 +39,13 @@ POSITIVE_FLOATS = ("routed_scaling_factor", "rms_norm_eps", "rope_theta", "compr
 FLOATS = (*POSITIVE_FLOATS, "swiglu_limit", "hc_eps", "adaptive_routing_temperature")  # these may be 0
 FIXED = {  # fields of a released config.json that have one value in every V4
     "num_key_value_heads": 1,
-    "n_shared_experts": 1,
     "hidden_act": "silu",
-    "topk_method": "noaux_tc",
     "norm_topk_prob": True,
 }
 CHOICES = {
-    "scoring_func": ("sqrtsoftplus", "sigmoid"),
+    "scoring_func": ("sqrtsoftplus", "sigmoid", "softmax"),
+    "topk_method": ("noaux_tc", "greedy"),  # with a bias that balances the experts, or without
+    "n_shared_experts": (0, 1),
     "torch_dtype": ("bfloat16", "float32", "float16"),
     "expert_dtype": (None, "fp4", "fp8"),
     "num_nextn_predict_layers": (0, 1),
@@ -131,18 +132,19 @@ def _wrong_plan(c: DeepseekV4Config) -> Iterator[str]:
         if kind not in ATTENTION_KINDS:
             known = ", ".join(ATTENTION_KINDS)
             yield f"layer_types[{index}] is {kind!r}: one of {known} is needed{nearest(kind, ATTENTION_KINDS)}"
-        elif kind == SLIDING and ratio != 0:
-            yield f"compress_ratios[{index}] is {ratio} for a sliding_attention layer: 0 is needed"
-        elif kind != SLIDING and ratio < 2:
+        elif kind in (SLIDING, *BASELINE_KINDS) and ratio != 0:
+            yield f"compress_ratios[{index}] is {ratio} for a {kind} layer: 0 is needed"
+        elif kind not in (SLIDING, *BASELINE_KINDS) and ratio < 2:
             yield f"compress_ratios[{index}] is {ratio} for a {kind} layer: 2 or more tokens per entry are needed"
         elif kind != SLIDING and index >= depth:
-            yield f"compress_ratios[{index}] is {ratio} for the MTP block: V4's is a sliding layer, 0"
+            yield f"compress_ratios[{index}] is {ratio}, {kind}, for the MTP block: V4's is a sliding layer, 0"
     for index, kind in enumerate(c.mlp_layer_types):
         if kind not in ROUTING_KINDS:
             yield f"mlp_layer_types[{index}] is {kind!r}: 'hash_moe' or 'moe' is needed"
 
 
 def _wrong_relations(c: DeepseekV4Config) -> Iterator[str]:
+    yield from wrong_sizes(c)
     if c.num_attention_heads % c.o_groups:
         yield f"o_groups = {c.o_groups} does not divide num_attention_heads = {c.num_attention_heads}"
     if c.qk_rope_head_dim % 2:

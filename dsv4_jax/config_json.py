@@ -6,12 +6,14 @@ number per kind, and the rotary settings nested in `rope_parameters`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv4_jax.baseline import BaselineSizes, refuse_other_models
 from dsv4_jax.config import FIELDS, DeepseekV4Config
 from dsv4_jax.config_checks import ConfigError, refuse_unknown
 from dsv4_jax.config_rope_json import read_rotary, whole, write_rope_parameters
@@ -57,7 +59,7 @@ GENERIC = frozenset(
 )
 TRANSFORMERS_KEYS = ("compress_rates", "compress_rate_csa", "compress_rate_hca", "partial_rotary_factor")
 LISTS = ("compress_ratios", "layer_types", "mlp_layer_types")
-OBJECTS = ("compress_rates", "rope_parameters", "rope_scaling", "quantization_config")
+OBJECTS = ("baseline", "compress_rates", "rope_parameters", "rope_scaling", "quantization_config")
 COUNTS = ("num_hidden_layers", "num_nextn_predict_layers", "head_dim")
 DEFAULT_RATES = {kind: ratio for ratio, kind in RELEASED_KINDS.items() if ratio}
 
@@ -96,7 +98,8 @@ def to_released_json(config: DeepseekV4Config) -> Json:
     """
     values = RELEASED_CONSTANTS | {key: _plain(getattr(config, key)) for key in FIELDS}
     values |= {key: whole(values[key]) for key in ("rope_theta", "compress_rope_theta", "rope_scaling")}
-    optional = {"expert_dtype": None, "quantization_config": None, "adaptive_routing_temperature": 0.0}
+    optional: Json = {"expert_dtype": None, "quantization_config": None, "adaptive_routing_temperature": 0.0}
+    optional["baseline"] = _plain(BaselineSizes())
     for key, default in optional.items():
         if values[key] == default:
             del values[key]
@@ -114,13 +117,15 @@ def to_transformers_json(config: DeepseekV4Config) -> Json:
 
     Raises:
         ConfigError: when the ratios differ among layers of one kind, or an option is on that transformers has not.
+        UserError: for layers and experts that are no V4.
     """
+    refuse_other_models(config, "transformers' form of a configuration")
     if config.adaptive_routing_temperature:
         raise ConfigError(
             "adaptive_routing_temperature is on: transformers has no such option; write the released form"
         )
     dropped = ("compress_ratios", "num_hash_layers", "rope_scaling", "topk_method", "torch_dtype")
-    optional = ("expert_dtype", "quantization_config", "adaptive_routing_temperature")
+    optional = ("expert_dtype", "quantization_config", "adaptive_routing_temperature", "baseline")
     values = {key: _plain(getattr(config, key)) for key in FIELDS if key not in dropped + optional}
     values |= {key: getattr(config, key) for key in optional[:2] if getattr(config, key) is not None}
     return (
@@ -246,7 +251,9 @@ def _hash_layers_elsewhere(config: DeepseekV4Config) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as JSON lists and mappings as dictionaries."""
+    """Tuples as JSON lists, mappings and sizes as dictionaries."""
+    if isinstance(value, BaselineSizes):
+        return dataclasses.asdict(value)
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Mapping) else value

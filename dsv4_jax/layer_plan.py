@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-AttentionKind = Literal["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+AttentionKind = Literal[
+    "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention", "gqa", "mla", "mla_sparse"
+]
 SLIDING: AttentionKind = "sliding_attention"
 CSA: AttentionKind = "compressed_sparse_attention"
 HCA: AttentionKind = "heavily_compressed_attention"
-ATTENTION_KINDS: tuple[AttentionKind, ...] = (SLIDING, CSA, HCA)
+GQA: AttentionKind = "gqa"  # these three are no V4: see `baseline.py`
+MLA: AttentionKind = "mla"
+MLA_SPARSE: AttentionKind = "mla_sparse"
+BASELINE_KINDS: tuple[AttentionKind, ...] = (GQA, MLA, MLA_SPARSE)
+ATTENTION_KINDS: tuple[AttentionKind, ...] = (SLIDING, CSA, HCA, *BASELINE_KINDS)
 RELEASED_KINDS: dict[int, AttentionKind] = {0: SLIDING, 4: CSA, 128: HCA}
 
 RoutingKind = Literal["hash_moe", "moe"]
@@ -22,12 +28,13 @@ class LayerSpec:
     """What distinguishes one block from another; equal specs share one compiled body."""
 
     attention: AttentionKind
-    ratio: int  # tokens per compressed entry, 0 for sliding layers
+    ratio: int  # tokens per compressed entry, 0 where nothing is compressed
     routing: RoutingKind
 
     def __str__(self) -> str:
         """Short form for tables: `CSA/4`, `HCA/128 hash`."""
-        name = {SLIDING: "SWA", CSA: f"CSA/{self.ratio}", HCA: f"HCA/{self.ratio}"}[self.attention]
+        names = {SLIDING: "SWA", CSA: f"CSA/{self.ratio}", HCA: f"HCA/{self.ratio}"}
+        name = names.get(self.attention, self.attention)
         return name + (" hash" if self.routing == "hash_moe" else "")
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from dsv4_jax.config import DeepseekV4Config, LayerSpec
 from dsv4_jax.kernels.streams import read, write
 from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
+from dsv4_jax.layers.baseline_attention import BASELINE_LAYERS
 from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, stochastic_errors
 from dsv4_jax.layers.kv_cache import Cache, LayerCache, split_layer
 from dsv4_jax.layers.layout import Past, make_cached_layout, make_layout
@@ -36,7 +37,7 @@ class Block(nnx.Module):
         self.eps = config.rms_norm_eps
         self.hc_attn = HyperConnection(config, rngs)
         self.attn_norm = parameter(jnp.ones(config.hidden_size), ("embed",), "adamw", "norm")
-        self.attn = Attention(config, spec, rngs)
+        self.attn = BASELINE_LAYERS.get(spec.attention, Attention)(config, spec, rngs)
         self.hc_ffn = HyperConnection(config, rngs)
         self.ffn_norm = parameter(jnp.ones(config.hidden_size), ("embed",), "adamw", "norm")
         self.ffn = MoE(config, spec.routing, rngs)
@@ -59,8 +60,7 @@ class Block(nnx.Module):
         record |= {"index_loss": seen["index_loss"]} if "index_loss" in seen else {}
         if options.record:
             record |= {"layer_out": streams, "attn_out": attn_out, "mlp_out": mlp_out}
-            record |= {"expert_ids": routed["expert_ids"]}
-            record |= {"selected": seen["selected"]} if "selected" in seen else {}
+            record |= {name: value for name, value in (routed | seen).items() if name in ("expert_ids", "selected")}
         passed = Passed(self.ffn, x, routed["routing"], (maps, ffn_maps), seen, options)
         return streams, record | options.attention.observer.block(passed), past
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv4_jax.config import CSA, DeepseekV4Config, LayerSpec
+from dsv4_jax.layer_plan import BASELINE_KINDS, GQA, MLA_SPARSE
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
@@ -42,7 +43,7 @@ def block_shapes(config: DeepseekV4Config, spec: LayerSpec) -> Shapes:
         **_under("hc_ffn", _hc(c)),
         "attn_norm": (c.hidden_size,),
         "ffn_norm": (c.hidden_size,),
-        **_under("attn", _attention(c, spec)),
+        **_under("attn", (_baseline if spec.attention in BASELINE_KINDS else _attention)(c, spec)),
         **_under("ffn", _experts(c, spec)),
     }
 
@@ -123,6 +124,28 @@ def _attention(c: DeepseekV4Config, spec: LayerSpec) -> Shapes:
     return shapes
 
 
+def _baseline(c: DeepseekV4Config, spec: LayerSpec) -> Shapes:
+    heads, width, sizes, rope = c.num_attention_heads, c.hidden_size, c.baseline, c.qk_rope_head_dim
+    if spec.attention == GQA:
+        wide, narrow = heads * c.head_dim, sizes.num_key_value_heads * c.head_dim
+        return {"wq": (width, wide), "wk": (width, narrow), "wv": (width, narrow), "wo": (wide, width)}
+    shapes: Shapes = {
+        "wq_a": (width, c.q_lora_rank),
+        "q_norm": (c.q_lora_rank,),
+        "wq_b": (c.q_lora_rank, heads * (sizes.qk_nope_head_dim + rope)),
+        "wkv_a": (width, sizes.kv_lora_rank + rope),
+        "kv_norm": (sizes.kv_lora_rank,),
+        "wkv_b": (sizes.kv_lora_rank, heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)),
+        "wo": (heads * sizes.v_head_dim, width),
+    }
+    if spec.attention == MLA_SPARSE:
+        key = c.index_head_dim
+        shapes |= {"indexer/wq_b": (c.q_lora_rank, c.index_n_heads * key), "indexer/wk": (width, key)}
+        shapes |= {"indexer/k_norm": (key,), "indexer/k_norm_bias": (key,)}
+        shapes["indexer/weights_proj"] = (width, c.index_n_heads)
+    return shapes
+
+
 def _compressor(c: DeepseekV4Config, ratio: int, series: int, width: int) -> Shapes:
     wide = series * width
     return {"wkv": (c.hidden_size, wide), "wgate": (c.hidden_size, wide), "ape": (ratio, wide), "norm": (width,)}
@@ -139,10 +162,12 @@ def _indexer(c: DeepseekV4Config, ratio: int) -> Shapes:
 def _experts(c: DeepseekV4Config, spec: LayerSpec) -> Shapes:
     experts, width, inner = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
     hashed = spec.routing == "hash_moe"
-    choice: Shapes = {"gate/tid2eid": (c.vocab_size, c.num_experts_per_tok)} if hashed else {"gate/bias": (experts,)}
+    bias: Shapes = {"gate/bias": (experts,)} if c.topk_method == "noaux_tc" else {}
+    choice = {"gate/tid2eid": (c.vocab_size, c.num_experts_per_tok)} if hashed else bias
     mlp: Shapes = {"w1": (width, inner), "w3": (width, inner), "w2": (inner, width)}
     routed = {name: (experts, *shape) for name, shape in mlp.items()}
-    return {"gate/weight": (width, experts), **choice, **_under("experts", routed), **_under("shared_experts", mlp)}
+    shared = _under("shared_experts", mlp) if c.n_shared_experts else {}
+    return {"gate/weight": (width, experts), **choice, **_under("experts", routed), **shared}
 
 
 def _under(prefix: str, shapes: Shapes) -> Shapes:

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from dsv4_jax.baseline import refuse_baselines
 from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config, LayerSpec
 from dsv4_jax.errors import UserError
 from dsv4_jax.layers.attention import Attention, AttentionOptions
@@ -48,8 +49,9 @@ def attention(
         [B, S, D] and the layer's record, whose arrays [B, S, ..] are spread as x is.
 
     Raises:
-        UserError: when S does not divide over the devices.
+        UserError: when S does not divide over the devices, and for layers that are no V4.
     """
+    refuse_baselines(layer.config, "context parallelism")
     axes = tuple(axis for axis in strategy.activations.get("seq", ()) if mesh.shape[axis] > 1)
     count = math.prod(mesh.shape[axis] for axis in axes)
     _check_length(x.shape[1], axes, count)

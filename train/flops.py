@@ -10,7 +10,9 @@ import math
 
 import numpy as np
 
+from dsv4_jax.analysis.flops import baseline_pair
 from dsv4_jax.config import CSA, DeepseekV4Config, LayerSpec
+from dsv4_jax.layer_plan import BASELINE_KINDS, GQA, MLA_SPARSE
 from dsv4_jax.shapes import Shapes, block_shapes, is_table, mtp_shapes, top_shapes
 from train.losses import OBJECTIVES
 from train.step import Kind
@@ -29,6 +31,9 @@ def training_flops_per_token(config: DeepseekV4Config, length: int, kind: Kind) 
 
 def _block(c: DeepseekV4Config, spec: LayerSpec, length: int, attention: str) -> float:
     shapes = {path: shape for path, shape in block_shapes(c, spec).items() if "/indexer/" not in path}
+    if spec.attention in BASELINE_KINDS:
+        limit = c.index_topk if spec.attention == MLA_SPARSE and attention == "sparse" else length
+        return 2 * _matrices(c, shapes) + _baseline_pair(c, spec) * mean_visible(length, 1, limit)
     seen = mean_visible(length, 1, c.sliding_window)
     if spec.ratio:
         limit = c.index_topk if spec.attention == CSA and attention == "sparse" else length
@@ -37,10 +42,20 @@ def _block(c: DeepseekV4Config, spec: LayerSpec, length: int, attention: str) ->
 
 
 def _indexer(c: DeepseekV4Config, spec: LayerSpec, length: int) -> float:
-    if spec.attention != CSA:
+    if spec.attention not in (CSA, MLA_SPARSE):
         return 0.0
     shapes = {path: shape for path, shape in block_shapes(c, spec).items() if "/indexer/" in path}
-    return 2 * _matrices(c, shapes) + 2 * c.index_n_heads * c.index_head_dim * mean_visible(length, spec.ratio, length)
+    seen = mean_visible(length, spec.ratio or 1, length)
+    return 2 * _matrices(c, shapes) + 2 * c.index_n_heads * c.index_head_dim * seen
+
+
+def _baseline_pair(c: DeepseekV4Config, spec: LayerSpec) -> int:
+    """FLOPs of a query over one token; of latents, or of the keys and values that heads make of them, the fewer."""
+    absorbed, sizes = baseline_pair(c, spec.attention), c.baseline
+    if spec.attention == GQA:
+        return absorbed
+    expanded = sizes.qk_nope_head_dim + c.qk_rope_head_dim + sizes.v_head_dim
+    return min(absorbed, 2 * c.num_attention_heads * expanded)
 
 
 def _ends(c: DeepseekV4Config) -> float:

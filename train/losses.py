@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dsv4_jax import model
 from dsv4_jax.config import CSA, DeepseekV4Config
+from dsv4_jax.layer_plan import MLA_SPARSE
 from dsv4_jax.layers.layout import make_layout
 from dsv4_jax.partition import ALONE, Partition
 
@@ -165,7 +166,7 @@ class LossWeights:
 
 
 class Totals(NamedTuple):
-    """What a whole batch divides its losses by: counted targets, and per CSA block the tokens that see an entry."""
+    """What a whole batch divides its losses by: counted targets; of each indexer the tokens that see an entry."""
 
     ce: jax.Array
     mtp: jax.Array
@@ -177,8 +178,10 @@ def batch_totals(config: DeepseekV4Config, batch: Batch) -> Totals:
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     ce, mtp = (shifted_targets(tokens, segment_ids, shift, batch.get("loss_mask"))[1].sum() for shift in (1, 2))
     blocks = make_layout(config, tokens.shape[0], tokens.shape[1], segment_ids).blocks
-    ratios = [layer.ratio for layer in _blocks_run(config) if layer.attention == CSA and layer.ratio in blocks]
-    seeing = {ratio: (blocks[ratio].hi > blocks[ratio].lo).sum().astype(jnp.float32) for ratio in set(ratios)}
+    kinds = [(layer.attention, layer.ratio) for layer in _blocks_run(config)]
+    ratios = [ratio for kind, ratio in kinds if (kind == CSA and ratio in blocks) or kind == MLA_SPARSE]
+    seeing = {ratio: (blocks[ratio].hi > blocks[ratio].lo).sum().astype(jnp.float32) for ratio in set(ratios) - {0}}
+    seeing[0] = jnp.float32(tokens.size)  # where nothing is compressed, every token sees itself
     return Totals(ce, mtp, tuple(seeing[ratio] for ratio in ratios))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax import weights
+from dsv4_jax.baseline import refuse_baselines
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.lora import Lora
 from dsv4_jax.partition import ALONE, Partition
@@ -58,8 +59,10 @@ class Placement:
         return self.partition if isinstance(self.partition, MeshPartition) else None
 
     def check(self, rows: int, length: int) -> None:
-        """Raises UserError when the model or batches of [rows, length] do not divide over the mesh."""
+        """Raises UserError when the model or batches of [rows, length] cannot be spread over the mesh."""
         if found := self.mesh_partition:
+            if any(found.mesh.shape[axis] > 1 for axis in found.strategy.activations.get("seq", ())):
+                refuse_baselines(self.config, "context parallelism")
             shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
             check_fit(weights.facts(self.config), shapes, found.strategy, found.mesh, rows, length)
 

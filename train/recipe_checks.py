@@ -29,7 +29,7 @@ def _of_stage(index: int, stage: Stage, config: DeepseekV4Config) -> list[str]:
         longest = config.max_position_embeddings
         problems.append(f"{where}: sequence_length {stage.sequence_length} exceeds max_position_embeddings {longest}")
     if stage.kind == "indexer_warmup" and not config.has_indexer:
-        problems.append(f"{where}: the model has no CSA layer, so there is no indexer to warm up")
+        problems.append(f"{where}: the model has no CSA layer (nor mla_sparse), so there is no indexer to warm up")
     return problems
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv4_jax.inference.generate import generate
 from dsv4_jax.inference.requests import GenerateOptions
+from dsv4_jax.layer_plan import BASELINE_KINDS
 from sharding.distributed import from_first, whole_on_host
 from train.data.pipeline import xz_bits_per_byte
 from train.data.retrieval import RecallTask
@@ -70,8 +71,11 @@ def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) ->
 def sample_for_all(run: Run, store: TokenStore, params: Any) -> dict[str, str]:
     """`heldout_sample` in words; of several processes the first one makes it, from the whole parameters.
 
-    Empty when these are too large to be brought together on every host: `dsv4 generate` makes one at any time.
+    Empty when these are too large to be brought together on every host (`dsv4 generate` makes one at any time), and for
+    layers that keep no cache.
     """
+    if set(run.config.layer_types) & set(BASELINE_KINDS):
+        return {}
     if jax.process_count() > 1:
         if sum(x.nbytes for x in jax.tree.leaves(params)) > GATHERED_BYTES:
             return {}

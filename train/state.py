@@ -54,7 +54,7 @@ def add_updates(params: Tree, updates: Tree, facts: Tree) -> Tree:
 
 
 def move_router_biases(config: DeepseekV4Config, params: Tree, load: jax.Array, speed: float) -> Tree:
-    """Each learned router's bias moved by `speed * sign(mean load - load)` (V3 report 2.1.2).
+    """Each learned router's bias moved by `speed * sign(mean load - load)` (V3 report 2.1.2), where it has one.
 
     Args:
         config: the architecture.
@@ -62,6 +62,8 @@ def move_router_biases(config: DeepseekV4Config, params: Tree, load: jax.Array, 
         load: [L, E] pairs per expert of the whole batch, blocks in order, the MTP block last if it ran.
         speed: the step.
     """
+    if config.topk_method == "greedy":
+        return params
     moves = speed * jnp.sign(load.mean(-1, keepdims=True) - load)
     stacks: dict[str, list[jax.Array]] = {}
     for (spec, path, _), move in zip(layer_slots(config), moves, strict=False):

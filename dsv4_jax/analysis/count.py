@@ -13,7 +13,9 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
+from dsv4_jax.baseline import cached_numbers
 from dsv4_jax.config import CSA, DeepseekV4Config
+from dsv4_jax.layer_plan import BASELINE_KINDS
 from dsv4_jax.shapes import is_table, tree_shapes
 
 COUNTED = (
@@ -58,14 +60,20 @@ def table_entries(config: DeepseekV4Config) -> int:
 
 
 def cache_elements_per_token(config: DeepseekV4Config) -> float:
-    """Numbers that the cache grows by per token: compressed entries, and the indexer's keys in CSA layers."""
+    """Numbers that the cache grows by per token: compressed entries, and the indexer's keys in CSA layers.
+
+    Of baseline layers: keys and values, or latents with the indexer's keys, as a cache of them would hold.
+    """
     widths = {CSA: config.head_dim + config.index_head_dim}
-    return sum(widths.get(layer.attention, config.head_dim) / layer.ratio for layer in config.layers if layer.ratio)
+    grown = sum(widths.get(layer.attention, config.head_dim) / layer.ratio for layer in config.layers if layer.ratio)
+    whole = (layer for layer in config.layers if layer.attention in BASELINE_KINDS)
+    return grown + sum(sum(cached_numbers(config, layer.attention)) for layer in whole)
 
 
 def window_elements(config: DeepseekV4Config) -> int:
     """Numbers in all layers' full windows, whatever the context: one shared key/value entry per token and layer."""
-    return config.num_hidden_layers * config.sliding_window * config.head_dim
+    windows = sum(layer.attention not in BASELINE_KINDS for layer in config.layers)
+    return windows * config.sliding_window * config.head_dim
 
 
 def component_of(path: str) -> str:

@@ -20,11 +20,13 @@ from dsv4_jax.analysis.count import COMPONENTS, component_of
 from dsv4_jax.analysis.hardware import Operand
 from dsv4_jax.analysis.weight_bytes import Weights, stored_format
 from dsv4_jax.config import CSA, DeepseekV4Config
+from dsv4_jax.layer_plan import BASELINE_KINDS, GQA, MLA_SPARSE, AttentionKind
 from dsv4_jax.shapes import Shapes, block_shapes, is_table, top_shapes
 
 # One FP8 product counts once. Peak rates double with each halving of the width, on all hardware that has the formats.
 IN_FP8: dict[Operand, float] = {"fp4": 0.5, "fp8": 1.0, "bf16": 2.0, "float32": 4.0}
 WINDOW, CHOSEN, ALL, SCORES = "attention: window", "attention: CSA", "attention: HCA", "index scores"
+BASELINE = "attention: baseline"
 _OPERAND: dict[str, Operand] = {"fp4": "fp8", "fp8": "fp8", "bf16": "bf16", "float32": "float32"}
 
 
@@ -75,6 +77,11 @@ def attention_products(config: DeepseekV4Config, context: int, cache: str = "dep
     c, pair = config, 4 * config.num_attention_heads * config.head_dim
     seen: dict[str, float] = defaultdict(float)
     for layer in c.layers:
+        if layer.attention in BASELINE_KINDS:
+            sparse = layer.attention == MLA_SPARSE
+            seen[BASELINE] += baseline_pair(c, layer.attention) * (min(context, c.index_topk) if sparse else context)
+            seen[SCORES] += 2 * c.index_n_heads * c.index_head_dim * context * sparse
+            continue
         seen[WINDOW] += pair * min(context, c.sliding_window)
         entries = context // layer.ratio if layer.ratio else 0
         if layer.attention == CSA:
@@ -84,6 +91,17 @@ def attention_products(config: DeepseekV4Config, context: int, cache: str = "dep
             seen[ALL] += pair * entries
     index: Operand = {"deployed": "fp4", "bfloat16": "bf16"}.get(cache, "float32")  # type: ignore[assignment]
     return tuple(Product(name, index if name == SCORES else "bf16", flops) for name, flops in seen.items() if flops)
+
+
+def baseline_pair(config: DeepseekV4Config, kind: AttentionKind) -> int:
+    """FLOPs of a query over one cached token in a baseline layer: all heads, scores and values.
+
+    Of latents as they are cached: every head multiplies the whole entry as key, and its latent as value.
+    """
+    heads = config.num_attention_heads
+    if kind == GQA:
+        return 4 * heads * config.head_dim
+    return 2 * heads * (2 * config.baseline.kv_lora_rank + config.qk_rope_head_dim)
 
 
 def _multiplies(path: str, axes: int) -> bool:

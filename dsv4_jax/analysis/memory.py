@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dsv4_jax.baseline import cached_numbers, refuse_baselines
 from dsv4_jax.config import CSA, DeepseekV4Config, LayerSpec
 from dsv4_jax.errors import UserError
+from dsv4_jax.layer_plan import BASELINE_KINDS
 
 FORMATS = ("float32", "bfloat16", "deployed")
 
@@ -64,18 +66,28 @@ class CachePlan:
 def cache_plan(config: DeepseekV4Config, format: str = "deployed") -> CachePlan:
     """The plan of one architecture in one format of `FORMATS`.
 
+    Of baseline layers it says what a cache would weigh: keys and values, or latents and indexer keys, of every token.
+
     Raises:
-        UserError: for another format.
+        UserError: for another format, and for baseline layers in the deployed one, which is V4's.
     """
     if format not in FORMATS:
         raise UserError(f"there is no cache format {format!r}: one of {', '.join(FORMATS)}")
     layers = config.layers + config.mtp_layers[:1]
     tokens = math.lcm(*(layer.ratio for layer in layers if layer.ratio))
     entry, key = entry_bytes(config, format), index_key_bytes(config, format)
-    entries = sum(tokens // layer.ratio for layer in layers if layer.ratio)
-    keys = sum(tokens // layer.ratio for layer in layers if layer.attention == CSA)
+    entries = entry * sum(tokens // layer.ratio for layer in layers if layer.ratio)
+    keys = key * sum(tokens // layer.ratio for layer in layers if layer.attention == CSA)
     tails = sum(_tail_bytes(config, layer.ratio, layer.attention == CSA) for layer in layers if layer.ratio)
-    return CachePlan(tokens, entries * entry, keys * key, len(layers) * config.sliding_window * entry, tails)
+    whole = [layer for layer in layers if layer.attention in BASELINE_KINDS]
+    if whole and format == "deployed":
+        refuse_baselines(config, "the deployed cache format")
+    for layer in whole:
+        own, of_indexer = cached_numbers(config, layer.attention)
+        entries += tokens * _floats(own, format)
+        keys += tokens * _floats(of_indexer, format)
+    windows = (len(layers) - len(whole)) * config.sliding_window * entry
+    return CachePlan(tokens, entries, keys, windows, tails)
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,9 @@ class CachePart:
 def cache_parts(config: DeepseekV4Config, tokens: int, format: str = "deployed") -> tuple[CachePart, ...]:
     """What a sequence of `tokens` tokens holds; the bytes add up to `cache_plan(config, format).sequence(tokens)`.
 
-    The main stack reads; the MTP module, which drafts, does not.
+    The main stack reads; the MTP module, which drafts, does not. UserError for baseline layers.
     """
+    refuse_baselines(config, "the cache by parts")
     plan, parts = cache_plan(config, format), []
     layers, drafting = config.layers, config.mtp_layers[:1]
     entry, kept = entry_bytes(config, format), plan.blocks(tokens) * plan.block_tokens

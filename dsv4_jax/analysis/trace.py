@@ -26,6 +26,7 @@ from dsv4_jax import model as _model
 from dsv4_jax import weights
 from dsv4_jax.analysis.observing import Tracer
 from dsv4_jax.analysis.rounding_errors import Measured, relative, weight_sums
+from dsv4_jax.baseline import refuse_baselines
 from dsv4_jax.config import DeepseekV4Config, LayerSpec
 from dsv4_jax.errors import UserError
 from dsv4_jax.layers.attention import Mode
@@ -187,6 +188,7 @@ def trace(
     tokens = jnp.asarray(tokens, jnp.int32)
     policy = precision_policy(policy, model.config) if isinstance(policy, str) else policy
     queries = tuple(int(query) for query in queries)
+    refuse_baselines(model.config, "a trace")
     _check(tokens, segment_ids, cache, queries)
     as_array = lambda x: None if x is None else jnp.asarray(x, jnp.int32)  # noqa: E731
     out, records, weight_parts = _run(

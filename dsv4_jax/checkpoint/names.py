@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from dsv4_jax.baseline import refuse_other_models
 from dsv4_jax.config import DeepseekV4Config, LayerSpec
 from dsv4_jax.shapes import Shape, block_shapes, layer_slots, mtp_shapes, top_shapes
 
@@ -95,7 +96,8 @@ class Stored:
 
 
 def stored_tensors(config: DeepseekV4Config) -> Iterator[Stored]:
-    """Every tensor that a checkpoint of `config` may hold, under any scheme."""
+    """Every tensor that a checkpoint of `config` may hold, under any scheme. UserError for models that are no V4."""
+    refuse_other_models(config, "a checkpoint in safetensors")
     for leaf, shape in top_shapes(config).items():
         yield _plain(leaf, shape, TOP[leaf])
     for layer, (spec, path, repeat) in enumerate(layer_slots(config)):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config
+from dsv4_jax.config import CSA, DeepseekV4Config
 from dsv4_jax.layers.rotary import Rotation, frequencies, rotation
 
 
@@ -94,8 +94,7 @@ def make_layout(config: DeepseekV4Config, batch: int, length: int, segment_ids: 
     positions = document_positions(batch, length, segment_ids)
     main = frequencies(config.rope_theta, config.qk_rope_head_dim, None)
     compress = frequencies(config.compress_rope_theta, config.qk_rope_head_dim, config.rope_scaling)
-    kinds = zip(config.layer_types, config.compress_ratios, strict=True)
-    ratios = sorted({ratio for kind, ratio in kinds if kind != SLIDING and length >= ratio})
+    ratios = sorted({ratio for ratio in config.compress_ratios if 0 < ratio <= length})
     make = _plain_blocks if segment_ids is None else _packed_blocks
     return Layout(
         segment_ids,

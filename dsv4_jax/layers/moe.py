@@ -29,13 +29,13 @@ class Gate(nnx.Module):
     """The router of one block: learned (a bias balances the experts) or hashed (a table by token id)."""
 
     def __init__(self, config: DeepseekV4Config, routing: str, rngs: nnx.Rngs):
-        """Parameter weight [D, E]; buffer bias [E] for learned routing, tid2eid [V, k] for hash routing."""
+        """Parameter weight [D, E]; buffer bias [E] (learned routing but for "greedy") or tid2eid [V, k] (hash)."""
         c = self.config = config
         shape = (c.hidden_size, c.n_routed_experts)
         self.weight = parameter(normal(rngs, shape, c), ("embed", "experts"), "muon", "router")
         if routing == "hash_moe":
             self.tid2eid = buffer(hash_table(rngs.params(), c), ("vocab", "experts_per_tok"), "router")
-        else:
+        elif c.topk_method == "noaux_tc":
             self.bias = buffer(jnp.zeros(c.n_routed_experts), ("experts",), "router")
 
     def __call__(self, x: jax.Array, tokens: jax.Array, given: jax.Array | None = None) -> Routing:
@@ -47,7 +47,7 @@ class Gate(nnx.Module):
         logits = jnp.dot(
             x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
-        scores = sqrt_softplus(logits) if c.scoring_func == "sqrtsoftplus" else jax.nn.sigmoid(logits)
+        scores = SCORES[c.scoring_func](logits)
         if c.adaptive_routing_temperature:
             scores = adapt_sharpness(scores, c.adaptive_routing_temperature)
         if hasattr(self, "tid2eid"):
@@ -55,7 +55,7 @@ class Gate(nnx.Module):
         elif given is not None:
             expert_ids = given
         else:
-            biased = jax.lax.stop_gradient(scores) + self.bias[...]
+            biased = jax.lax.stop_gradient(scores) + (self.bias[...] if hasattr(self, "bias") else 0)
             expert_ids = jax.lax.top_k(biased, c.num_experts_per_tok)[1]
         chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
         weights = shares(chosen) * c.routed_scaling_factor
@@ -163,13 +163,14 @@ def _pair_by_pair(
 
 
 class MoE(nnx.Module):
-    """Gate, routed experts and the shared expert."""
+    """Gate, routed experts and, in every V4, the shared expert."""
 
     def __init__(self, config: DeepseekV4Config, routing: str, rngs: nnx.Rngs):
         """See the parts."""
         self.gate = Gate(config, routing, rngs)
         self.experts = Experts(config, config.n_routed_experts, rngs)
-        self.shared_experts = Experts(config, None, rngs)
+        if config.n_shared_experts:
+            self.shared_experts = Experts(config, None, rngs)
 
     def __call__(
         self,
@@ -191,7 +192,9 @@ class MoE(nnx.Module):
             each = (x, tokens) if given is None else (x, tokens, given)
             routing = partition.token_values(route, nnx.to_pure_dict(gate), *each)
         with jax.named_scope("experts"):
-            out = self.experts.routed(x, routing, partition, policy) + self.shared_experts.shared(x, policy)
+            out = self.experts.routed(x, routing, partition, policy)
+            if hasattr(self, "shared_experts"):
+                out = out + self.shared_experts.shared(x, policy)
         return out, balance_record(routing, counted) | {"routing": routing}
 
 
@@ -200,6 +203,10 @@ def sqrt_softplus(x: jax.Array) -> jax.Array:
     small = x < -20.0
     root = jnp.sqrt(jax.nn.softplus(jnp.where(small, 0.0, x)))
     return jnp.where(small, jnp.exp(jnp.where(small, x, 0.0) / 2), root)
+
+
+SCORES = {"sqrtsoftplus": sqrt_softplus, "sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+"""Of the router's logits [.., E], by `scoring_func`: V4's, V3's and Mixtral's."""
 
 
 def shares(scores: jax.Array) -> jax.Array:

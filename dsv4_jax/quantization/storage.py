@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.baseline import refuse_baselines
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.quantization.formats import (
@@ -136,8 +137,9 @@ def cache_format(config: DeepseekV4Config, name: str = "float32") -> CacheFormat
             in FP4 (the indexer's queries are rounded to FP4 as well).
 
     Raises:
-        UserError: for another name, and where the widths cannot be stored so.
+        UserError: for another name, where the widths cannot be stored so, and for layers that keep no cache.
     """
+    refuse_baselines(config, "a cache, and so generation,")
     width, index = config.head_dim, config.index_head_dim
     if name in ("float32", "bfloat16"):
         return CacheFormat(name, Plain(width, name), Plain(index, name))

@@ -105,7 +105,7 @@ def test_keys_of_every_transformers_model_are_accepted():
         ({"attention_bias": True}, "attention_bias is True: in V4 it is always False"),
         ({"num_key_value_heads": 8}, "num_key_value_heads is 8: in V4 it is always 1"),
         ({"norm_topk_prob": False}, "norm_topk_prob"),
-        ({"scoring_func": "softmax"}, "scoring_func is 'softmax': one of 'sqrtsoftplus', 'sigmoid'"),
+        ({"scoring_func": "tanh"}, "scoring_func is 'tanh': one of 'sqrtsoftplus', 'sigmoid'"),
         ({"hidden_size": "4096"}, "hidden_size is '4096'"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"hc_mult": 0}, "hc_mult is 0: an integer of at least 1"),

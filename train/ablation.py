@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dsv4_jax.analysis.count import total_parameters
 from dsv4_jax.config import CSA, HCA, SLIDING, AttentionKind
+from dsv4_jax.layer_plan import GQA, MLA, MLA_SPARSE
 from dsv4_jax.presets import article_plan
 from train.recipe import Recipe
 
@@ -57,7 +59,22 @@ def variants(recipe: Recipe) -> dict[str, Variant]:
     if csa and hca:
         plans = (("article-3-1", 3), ("article-4-1", 4))
         found += [Variant(name, f"{n} CSA layers, then one HCA", lambda r, n=n: with_plan(r, n)) for name, n in plans]
-    return {variant.name: variant for variant in found}
+    return {variant.name: variant for variant in found + other_models(recipe)}
+
+
+def other_models(recipe: Recipe) -> list[Variant]:
+    """Attention and routing of other models, on the same rows, with experts as wide as the parameters should be many.
+
+    Streams, norms, the optimizer and everything that is not named stay V4's.
+    """
+    found = [
+        Variant("gqa", "grouped-query attention, as in Mixtral", with_baseline(GQA)),
+        Variant("mla", "latent attention, as in DeepSeek-V3", with_baseline(MLA)),
+        Variant("mla-sparse", "latent attention of chosen tokens, as in V3.2", with_baseline(MLA_SPARSE)),
+    ]
+    if recipe.model.config.n_routed_experts > 1:
+        found.append(Variant("top-2", "two experts by softmax, none shared, as in Mixtral", top_2))
+    return found
 
 
 def without(recipe: Recipe, *kinds: AttentionKind) -> Recipe:
@@ -104,6 +121,45 @@ def with_plan(recipe: Recipe, csa_per_hca: int) -> Recipe:
     deep = _with_plan(recipe, [(kind, ratios[kind]) for kind in kinds])
     planned = article_plan(deep.model.config, csa_per_hca)
     return _with_plan(recipe, [(spec.attention, spec.ratio) for spec in planned.layers])
+
+
+def with_baseline(kind: AttentionKind) -> Callable[[Recipe], Recipe]:
+    """Every layer of the main stack is of this kind, with sizes that follow from the recipe's.
+
+    A quarter as many key-value heads as heads (at least one); a latent and a rotary key as wide together as an entry of
+    V4, heads beside their rotary dims and values as wide as the latent; as many chosen tokens as a CSA layer attends
+    entries, its window included.
+    """
+
+    def change(recipe: Recipe) -> Recipe:
+        c = recipe.model.config
+        groups = max(n for n in range(1, max(1, c.num_attention_heads // 4) + 1) if c.num_attention_heads % n == 0)
+        rank = max(1, c.head_dim - c.qk_rope_head_dim)
+        sizes = {"num_key_value_heads": groups, "kv_lora_rank": rank, "qk_nope_head_dim": rank, "v_head_dim": rank}
+        changed = _with_model(_with_plan(recipe, [(kind, 0)] * c.num_hidden_layers), baseline=sizes)
+        if kind != MLA_SPARSE:
+            return matched(recipe, dense_only(changed))
+        return matched(recipe, _with_model(changed, index_topk=c.index_topk + c.sliding_window))
+
+    return change
+
+
+def top_2(recipe: Recipe) -> Recipe:
+    """Mixtral's routing: two of all experts by softmax, no shared one, no bias; its balance loss weighs 0.02."""
+    routing: dict[str, Any] = {"scoring_func": "softmax", "topk_method": "greedy", "routed_scaling_factor": 1.0}
+    experts = {"num_experts_per_tok": 2, "n_shared_experts": 0, "num_hash_layers": 0, "swiglu_limit": 0.0}
+    changed = _with_model(recipe, **routing, **experts)
+    losses = dataclasses.replace(recipe.losses, balance=0.02)
+    return matched(recipe, dataclasses.replace(changed, losses=losses))
+
+
+def matched(recipe: Recipe, changed: Recipe) -> Recipe:
+    """`changed` with experts so wide that it has as nearly as many parameters as `recipe` as one width allows."""
+    own, wanted = changed.model.config, total_parameters(recipe.model.config)
+    wider = own.replace(moe_intermediate_size=own.moe_intermediate_size + 1)
+    step = total_parameters(wider) - total_parameters(own)
+    width = own.moe_intermediate_size + round((wanted - total_parameters(own)) / step)
+    return _with_model(changed, moe_intermediate_size=max(1, width))
 
 
 def _plan(recipe: Recipe) -> list[Layer]:

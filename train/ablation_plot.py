@@ -1,4 +1,4 @@
-"""The picture of an ablation: far accuracy of every variant with its seeds and worst phase; accuracy by distance."""
+"""The picture of an ablation: far accuracy of every variant with seeds and worst phase; costs; accuracy by distance."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from train.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
 
+COSTS = (("parameters", "parameters", GREY), ("flops", "FLOPs/token", BLUE), ("cache_row", "cache of a row", ORANGE))
 LINES = (GREEN, BLUE, ORANGE, PURPLE, RED, INK, GREY)
 
 
@@ -17,14 +18,18 @@ def draw_ablation(results: Sequence[dict[str, Any]], window: int, path: Path) ->
     """Draws `ablation_run` results; the suffix of `path` is the format."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.4 + 0.3 * len(results)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(14, 2.4 + 0.3 * len(results)), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 1.4, 2))
     first = results[0]["runs"][0]
     _far(left, results, first)
+    _costs(middle, results)
     _distances(right, results[: len(LINES)], window, first)
-    for axis in (left, right):
+    for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower left", ncols=3)
+    named = [
+        sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in (left, middle)), strict=True)
+    ]
+    figure.legend(*named, frameon=False, fontsize=8.5, loc="outside lower left", ncols=6)
     figure.savefig(path, dpi=160)
 
 
@@ -49,6 +54,19 @@ def _far(axis: Any, results: Sequence[dict[str, Any]], first: dict[str, Any]) ->
     axis.set_title(
         f"Questions about more than {first['far']} tokens before", loc="left", fontweight="bold", fontsize=11
     )
+
+
+def _costs(axis: Any, results: Sequence[dict[str, Any]]) -> None:
+    """What each variant costs, as multiples of what the first one does."""
+    for place, (name, label, colour) in enumerate(COSTS):
+        rows = [row + 0.22 * (place - 1) for row in range(len(results))]
+        times = [result[name] / results[0][name] for result in results]
+        axis.barh(rows, times, color=colour, height=0.2, label=label)
+    axis.axvline(1, color=INK, linewidth=0.8)
+    axis.set_yticks([])
+    axis.invert_yaxis()
+    axis.set(xlabel=f"times that of {results[0]['variant']}")
+    axis.set_title("Costs", loc="left", fontweight="bold", fontsize=11)
 
 
 def _distances(axis: Any, results: Sequence[dict[str, Any]], window: int, first: dict[str, Any]) -> None:

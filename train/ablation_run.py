@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_jax.analysis.count import total_parameters
 from dsv4_jax.config_checks import nearest
 from train.ablation import Variant, variants
+from train.ablation_costs import costs_of
 from train.ablation_plot import draw_ablation
 from train.data.tasks.score import window_reach
 from train.loop import train
@@ -22,7 +22,7 @@ from train.recipe_json import read_json
 from train.run_folder import RunFolder, differences, fixed
 
 Result = dict[str, Any]
-"""Of a variant: "variant", "about", "parameters", "runs" (the summaries of its seeds)."""
+"""Of a variant: "variant", "about", the `Costs` that it has, "runs" (the summaries of its seeds)."""
 
 
 def ablate(
@@ -78,21 +78,30 @@ def write_report(recipe: Recipe, results: Sequence[Result], root: Path) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """Markdown: mean over seeds, lowest to highest in brackets; the worst phase is each run's own."""
-    rows = [["variant", "what differs", "parameters", "all", "far", "worst phase", "seeds"]]
+    length = results[0]["length"]
+    costs = ["parameters", "FLOPs/token", "cache bytes/token", f"cache of {length} tokens"]
+    rows = [["variant", "what differs", *costs, "loss", "all", "far", "worst phase", "seeds"]]
     for result in results:
         runs = result["runs"]
+        costs = [f"{result[name]:,.0f}" for name in ("parameters", "flops", "cache_token", "cache_row")]
         cells = [_spread(runs, name) for name in ("task_accuracy", "task_far", "task_worst_phase")]
-        rows.append([result["variant"], result["about"], f"{result['parameters']:,}", *cells, str(len(runs))])
+        loss = _spread(runs, "task_loss", ".3f")
+        rows.append([result["variant"], result["about"], *costs, loss, *cells, str(len(runs))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     first = results[0]["runs"][0]
-    return "\n".join([*lines, "", f"far: beyond {first['far']} tokens; chance {first['task_chance']:.1%}"])
+    notes = f"far: beyond {first['far']} tokens; chance {first['task_chance']:.1%}; loss: held-out nats per answer"
+    notes += f"; FLOPs: of token {length}, forward; cache in BF16"
+    return "\n".join([*lines, "", notes])
 
 
-def _spread(runs: Sequence[dict[str, Any]], name: str) -> str:
+def _spread(runs: Sequence[dict[str, Any]], name: str, form: str = ".1%") -> str:
     values = [run[name] for run in runs if name in run]
-    return f"{np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})" if values else "none asked"
+    if not values:
+        return "none asked"
+    mean, least, most = (format(float(value), form) for value in (np.mean(values), min(values), max(values)))
+    return f"{mean} ({least} to {most})"
 
 
 def _chosen(recipe: Recipe, names: Sequence[str]) -> list[Variant]:
@@ -149,7 +158,6 @@ def _results(root: Path, chosen: Sequence[Variant], seeds: int, recipes: dict[tu
         finished = [seed for seed, _ in own if _finished(root, variant, seed)]
         runs = [read_json(_folder(root, variant, seed) / "summary.json") for seed in finished]
         if runs:
-            parameters = total_parameters(own[0][1].model.config)
-            facts = {"variant": variant.name, "about": variant.about, "parameters": parameters}
+            facts = {"variant": variant.name, "about": variant.about, **costs_of(own[0][1])}
             results.append(facts | {"runs": runs})
     return results

@@ -91,12 +91,16 @@ class Evaluator:
     def task(
         self, params: Any, attention: Attention, task: Task, rows: int, period: int
     ) -> tuple[TaskScore, dict[str, float]]:
-        """A synthetic task on about `rows` held-out rows; `period` is that of the phases. Dense also "index_recall"."""
+        """A synthetic task on about `rows` held-out rows; `period` is that of the phases.
+
+        Also "task_loss", nats per token that counts (the answers, where only they do), and dense "index_recall".
+        """
         score, results = TaskScore(period), []
         for batch in evaluation_batches(task, self.seq_len, self.batch_size, max(1, rows // self.batch_size)):
             results.append(self._run(params, attention, batch))
             score.add(batch, np.asarray(results[-1]["predicted"]))
-        return score, _index_recall(results)
+        nats, scored = (sum(float(result[name]) for result in results) for name in ("nats", "scored"))
+        return score, _index_recall(results) | {"task_loss": nats / max(scored, 1.0)}
 
     def _run(self, params: Any, attention: Attention, batch: Batch) -> Scores:
         read = {name: batch[name] for name in STEP_READS if name in batch}

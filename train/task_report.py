@@ -11,7 +11,9 @@ from train.recipe import Stage
 if TYPE_CHECKING:
     from train.loop import Evaluators, Run
 
-MEASURES = ("task_accuracy", "task_far", "task_worst_phase", "task_by_distance", "task_by_phase", "index_recall")
+MEASURES = (
+    "task_accuracy", "task_loss", "task_far", "task_worst_phase", "task_by_distance", "task_by_phase", "index_recall"
+)  # fmt: skip
 
 
 def measure_task(
@@ -20,7 +22,7 @@ def measure_task(
     """The task at the length and with the attention of a stage.
 
     Returns:
-        "task_accuracy"; "task_far" of the far questions, "task_by_phase" and "task_worst_phase" of the same;
+        "task_accuracy" and "task_loss"; "task_far" of the far questions, "task_by_phase" and "task_worst_phase" of the same;
         "task_by_distance" by lower edge; in dense attention "index_recall". What no question measures is absent.
     """
     assert (choice := run.recipe.data.task) is not None

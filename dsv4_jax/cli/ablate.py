@@ -13,13 +13,14 @@ import tyro
 from dsv4_jax.errors import UserError
 
 DESCRIPTION = """Train variants of a recipe with several seeds: without CSA, without HCA, sliding only, dense, other
-top-k, other compression ratios, the article's layer plans, without random document offsets. Ends with a table and a
-picture. Repeat the same command to go on; finished runs are kept.
+top-k, other compression ratios, the article's layer plans, without random document offsets; attention and routing of
+other models. Ends with a table and a picture. Repeat the same command to go on; finished runs are kept.
 
 Examples:
   dsv4 ablate recall
   dsv4 ablate recall --list
   dsv4 ablate recall --only full no-csa no-hca sliding-only dense no-offsets --seeds 3
+  dsv4 ablate recall --only full sliding-only gqa mla mla-sparse top-2
   dsv4 ablate recall --out runs/long --set stages.dense.steps=2000"""
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from dsv4_jax import cli
+from dsv4_jax.analysis.count import total_parameters
 from dsv4_jax.config import CSA, HCA, SLIDING
+from dsv4_jax.layer_plan import GQA, MLA, MLA_SPARSE
 from train import ablation_run
 from train.ablation import variants
 from train.ablation_run import ablate, table
@@ -17,6 +19,7 @@ from train.loop import train
 from train.metrics import read_metrics
 from train.recipe import RecipeError, find_recipe
 from train.run_data import task_rows
+from train.step import StepPlan, make_train_step
 
 MODEL = {
     "vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "num_hash_layers": 0,
@@ -135,16 +138,52 @@ def test_variants_change_the_mechanism_they_name():
     assert tokens == {recipe.tokens}
 
 
+def test_variants_of_other_models_differ_in_what_they_name_and_hardly_in_parameters():
+    recipe = find_recipe("recall")
+    configs = {name: variant.change(recipe).check() for name, variant in variants(recipe).items()}
+    for name, kind in (("gqa", GQA), ("mla", MLA), ("mla-sparse", MLA_SPARSE)):
+        assert {layer.attention for layer in configs[name].layers} == {kind}
+    for name in ("gqa", "mla", "mla-sparse", "top-2"):
+        assert abs(total_parameters(configs[name]) / total_parameters(configs["full"]) - 1) < 0.01, name
+        assert variants(recipe)[name].change(recipe).tokens == recipe.tokens
+    assert configs["mla-sparse"].has_indexer and not configs["mla"].has_indexer
+    assert configs["mla-sparse"].index_topk == 8 + 16  # as many as a CSA layer chooses, and its window
+    assert configs["mla"].baseline.kv_lora_rank + configs["mla"].qk_rope_head_dim == configs["full"].head_dim
+    routing = configs["top-2"]
+    assert (routing.scoring_func, routing.num_experts_per_tok, routing.n_shared_experts) == ("softmax", 2, 0)
+    assert [layer.attention for layer in routing.layers] == [CSA, HCA]
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla", "mla-sparse", "top-2"])
+def test_a_variant_of_another_model_takes_a_step_with_a_finite_loss(home, name):
+    base = find_recipe(home / "tiny.json")
+    recipe = variants(base)[name].change(base)
+    plan = StepPlan(recipe.check(), recipe.schedule(), recipe.decay_start, recipe.optimizer, recipe.losses)
+    state = plan.make_state(0)
+    before = jax.tree.map(np.asarray, state.params["segments"]["0"]["0"])
+    rows = np.random.default_rng(0).integers(0, 48, (2, 48), dtype=np.int32)
+    batch = {"tokens": rows, "segment_ids": np.repeat([[1, 2]], 24, axis=1) * np.ones_like(rows)}
+    after, metrics = make_train_step(plan, recipe.stages[-1].kind)(state, batch)
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0 and 0 < metrics["grad_norm"] < np.inf
+    assert ("index_kl" in metrics) == (name in ("mla-sparse", "top-2"))
+    moved = jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), before, after.params["segments"]["0"]["0"])
+    assert all(jax.tree.leaves(moved["attn"])) and all(jax.tree.leaves(moved["ffn"]["experts"]))
+    assert ("bias" in moved["ffn"]["gate"]) == ("shared_experts" in moved["ffn"]) == (name != "top-2")
+
+
 def result(name, *far):
-    runs = [{"task_accuracy": x, "task_far": x, "task_worst_phase": x - 0.1, "far": 31, "task_chance": 0.25,
+    runs = [{"task_accuracy": x, "task_loss": 1 - x, "task_far": x, "task_worst_phase": x - 0.1, "far": 31, "task_chance": 0.25,
              "task_by_distance": {"0": 1.0, "16": x}} for x in far]  # fmt: skip
-    return {"variant": name, "about": "...", "parameters": 1234, "runs": runs}
+    costs = {"parameters": 1234, "flops": 5678.0, "cache_token": 26.0, "cache_row": 2048, "length": 128}
+    return {"variant": name, "about": "...", **costs, "runs": runs}
 
 
 def test_the_table_has_means_and_spreads_over_seeds(tmp_path):
     text = table([result("full", 0.9, 1.0), result("no-csa", 0.25)])
     assert "95.0% (90.0% to 100.0%)" in text and "85.0% (80.0% to 90.0%)" in text
-    assert text.endswith("far: beyond 31 tokens; chance 25.0%")
+    assert "0.050 (0.000 to 0.100)" in text
+    assert "cache of 128 tokens" in text and "| 1,234      | 5,678        | 26                | 2,048" in text
+    assert "far: beyond 31 tokens; chance 25.0%" in text
     recipe = find_recipe("recall")
     ablation_run.write_report(recipe, [result("full", 0.9, 1.0), result("no-csa", 0.25)], tmp_path)
     assert (tmp_path / "ablation.png").stat().st_size > 5_000 and (tmp_path / "table.md").read_text() == text + "\n"

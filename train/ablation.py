@@ -136,7 +136,8 @@ def with_baseline(kind: AttentionKind) -> Callable[[Recipe], Recipe]:
         groups = max(n for n in range(1, max(1, c.num_attention_heads // 4) + 1) if c.num_attention_heads % n == 0)
         rank = max(1, c.head_dim - c.qk_rope_head_dim)
         sizes = {"num_key_value_heads": groups, "kv_lora_rank": rank, "qk_nope_head_dim": rank, "v_head_dim": rank}
-        changed = _with_model(_with_plan(recipe, [(kind, 0)] * c.num_hidden_layers), baseline=sizes)
+        plan: list[Layer] = [(kind, 0)] * c.num_hidden_layers
+        changed = _with_model(_with_plan(recipe, plan), baseline=sizes)
         if kind != MLA_SPARSE:
             return matched(recipe, dense_only(changed))
         return matched(recipe, _with_model(changed, index_topk=c.index_topk + c.sliding_window))

@@ -26,10 +26,9 @@ def draw_ablation(results: Sequence[dict[str, Any]], window: int, path: Path) ->
     _distances(right, results[: len(LINES)], window, first)
     for axis in (left, middle, right):
         axis.spines[["top", "right"]].set_visible(False)
-    named = [
-        sum(parts, []) for parts in zip(*(axis.get_legend_handles_labels() for axis in (left, middle)), strict=True)
-    ]
-    figure.legend(*named, frameon=False, fontsize=8.5, loc="outside lower left", ncols=6)
+    bars, marks = (axis.get_legend_handles_labels() for axis in (middle, left))
+    shown: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "loc": "outside lower left", "ncols": 6}
+    figure.legend(marks[0] + bars[0], marks[1] + bars[1], **shown)
     figure.savefig(path, dpi=160)
 
 

@@ -22,8 +22,8 @@ def measure_task(
     """The task at the length and with the attention of a stage.
 
     Returns:
-        "task_accuracy" and "task_loss"; "task_far" of the far questions, "task_by_phase" and "task_worst_phase" of the same;
-        "task_by_distance" by lower edge; in dense attention "index_recall". What no question measures is absent.
+        "task_accuracy", "task_loss"; "task_far" of the far questions, "task_by_phase" and "task_worst_phase" of the
+        same; "task_by_distance" by lower edge; in dense attention "index_recall". What no question measures is absent.
     """
     assert (choice := run.recipe.data.task) is not None
     attention = attention or ("sparse" if stage.kind == "sparse" else "dense")

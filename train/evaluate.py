@@ -93,11 +93,12 @@ class Evaluator:
     ) -> tuple[TaskScore, dict[str, float]]:
         """A synthetic task on about `rows` held-out rows; `period` is that of the phases.
 
-        Also "task_loss", nats per token that counts (the answers, where only they do), and dense "index_recall".
+        Also "task_loss", nats per answer, and dense "index_recall".
         """
         score, results = TaskScore(period), []
         for batch in evaluation_batches(task, self.seq_len, self.batch_size, max(1, rows // self.batch_size)):
-            results.append(self._run(params, attention, batch))
+            asked = batch["answers"].astype(np.int32)
+            results.append(self._run(params, attention, batch | {"loss_mask": asked}))
             score.add(batch, np.asarray(results[-1]["predicted"]))
         nats, scored = (sum(float(result[name]) for result in results) for name in ("nats", "scored"))
         return score, _index_recall(results) | {"task_loss": nats / max(scored, 1.0)}

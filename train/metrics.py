@@ -4,7 +4,7 @@ Nothing here waits for the device: values of step n - 1 are read while step n ru
 ``tokens``, ``stage``, ``loss``, ``ce``, ``mtp``, ``balance``, ``index_kl``, ``index_recall``, ``lr``, ``grad_norm``,
 ``update_rms_muon``, ``update_rms_adamw``, ``load_max_over_mean``, ``load_entropy``, ``dead_experts``, ``hc_row_error``,
 ``hc_col_error``, ``tokens_per_s``, ``flops_per_token``, ``mfu``, one of `HELDOUT` and ``retrieval_accuracy``; in a run
-on a synthetic task ``task_accuracy``, ``task_loss`` (nats per token that counts), ``task_far``, ``task_worst_phase``,
+on a synthetic task ``task_accuracy``, ``task_loss`` (nats per answer), ``task_far``, ``task_worst_phase``,
 ``task_by_distance`` and ``task_by_phase``;
 in a run that met trouble also ``skipped`` (1: the step was not finite and changed nothing), ``spike_step`` and
 ``spike_loss`` (of a spike that was rolled back, at the first step behind the rollback) and ``anticipatory`` (1: experts

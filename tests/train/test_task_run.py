@@ -67,6 +67,7 @@ def test_a_run_on_a_task_logs_and_draws_accuracy_by_distance_and_phase(finished)
     evaluated = [line for line in lines if "task_accuracy" in line]
     assert [line["step"] for line in evaluated] == [3, 6]
     for found in (*evaluated, summary, summary["dense"]):
+        assert 0 < found["task_loss"] < 2 * np.log(48)
         assert 0 <= found["task_accuracy"] <= 1 and 0 <= found["task_worst_phase"] <= found["task_far"] <= 1
         assert found["task_worst_phase"] == min(found["task_by_phase"].values())
         assert {int(edge) for edge in found["task_by_distance"]} <= {0, 8, 9, 18, 36}

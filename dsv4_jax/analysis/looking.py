@@ -20,8 +20,8 @@ from dsv4_jax.errors import UserError
 def mass_by_token(traced: Trace, layer: int, query: int, row: int = 0) -> np.ndarray:
     """The attention mass of one query on every token of its row, float64 [S], mean of the heads.
 
-    The mass on an entry is shared evenly by the tokens of its span; that a CSA entry also pools the block before is left
-    out. All of it with the sink's is 1.
+    The mass on an entry is shared evenly by the tokens of its span; that a CSA entry also pools the block before is
+    left out. All of it with the sink's is 1.
 
     Args:
         traced: a trace with this query among its `queries`, without a cache and with one document a row.

@@ -91,8 +91,8 @@ def describe(config: DeepseekV4Config) -> Iterator[tuple[str, str]]:
     yield "layers", f"{c.num_hidden_layers}: {layers}" + (f"; MTP: {c.mtp_layers[0]}" if c.mtp_layers else "")
     yield "width", f"{c.hidden_size} in {c.hc_mult} streams, {c.num_attention_heads} heads of {c.head_dim}"
     yield "attention", f"window {c.sliding_window}" + (f", {c.index_topk} chosen CSA entries" if c.has_indexer else "")
-    shared = f"{c.n_routed_experts} of width {c.moe_intermediate_size}, {c.num_experts_per_tok} per token, 1 shared"
-    yield "experts", shared
+    experts = f"{c.n_routed_experts} of width {c.moe_intermediate_size}, {c.num_experts_per_tok} per token"
+    yield "experts", f"{experts}, {c.n_shared_experts} shared"
     yield "context", f"{c.max_position_embeddings:,} tokens"
     grows, window = count.cache_elements_per_token(c), count.window_elements(c)
     yield "cache", f"{2 * grows:,.0f} bytes per token and {2 * window:,} for the windows of a sequence, in bf16"

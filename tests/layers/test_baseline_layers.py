@@ -63,8 +63,8 @@ def softmax_over(scores, seen):
     return p / p.sum(-1, keepdims=True)
 
 
-def stated(kind, x):
-    """One document x [S, D] in float64, with keys and values of every head and all scores at once."""
+def stated(kind, x, sparse=True):
+    """One document x [S, D] in float64, with keys and values of every head and all scores at once: (output, KL)."""
     p = jax.tree.map(lambda leaf: leaf.astype(np.float64), PARAMS[BASELINE_KINDS.index(kind)])
     heads, rope, place = CONFIG.num_attention_heads, CONFIG.qk_rope_head_dim, np.arange(len(x))
     seen = np.tri(len(x), dtype=bool)
@@ -82,21 +82,30 @@ def stated(kind, x):
         shared = np.repeat(rotated(key, place)[:, None], heads, axis=1)
         k, v = np.concatenate([up[..., :nope], shared], -1), up[..., nope:]
         if kind == MLA_SPARSE:
-            seen = seen & chosen(p["indexer"], x, qr, rope, seen)
+            scores = np.where(seen, index_scores(p["indexer"], x, qr, rope), -np.inf)
+            seen = seen & chosen(scores) if sparse else seen
     p_of = softmax_over(np.einsum("qhk,nhk->hqn", q, k) / np.sqrt(q.shape[-1]), seen)
-    return np.einsum("hqn,nhk->qhk", p_of, v).reshape(len(x), -1) @ p["wo"]
+    out = np.einsum("hqn,nhk->qhk", p_of, v).reshape(len(x), -1) @ p["wo"]
+    if kind != MLA_SPARSE:
+        return out, None
+    mean, guess = p_of.mean(0), softmax_over(scores, seen)
+    return out, np.where(seen, mean * np.log(np.where(seen, mean / np.where(seen, guess, 1), 1)), 0).sum(-1)
 
 
-def chosen(p, x, qr, rope, seen):
-    """Which tokens [S, S] the index scores choose, the best of those seen."""
+def index_scores(p, x, qr, rope):
+    """Scores [S, S] of the indexer, of all pairs."""
     place, width = np.arange(len(x)), CONFIG.index_head_dim
     turned = lambda y: np.concatenate([y[..., :-rope], rotated(y[..., -rope:], place)], -1)  # noqa: E731
     q = turned((qr @ p["wq_b"]).reshape(len(x), -1, width))
     k = x @ p["wk"]
     k = (k - k.mean(-1, keepdims=True)) / np.sqrt(k.var(-1, keepdims=True) + 1e-6) * p["k_norm"] + p["k_norm_bias"]
     products = np.maximum(np.einsum("qhd,nd->qhn", q, turned(k)), 0)
-    scores = np.where(seen, np.einsum("qhn,qh->qn", products, x @ p["weights_proj"]), -np.inf)
-    marks = np.zeros(seen.shape, bool)
+    return np.einsum("qhn,qh->qn", products, x @ p["weights_proj"]) / np.sqrt(width * CONFIG.index_n_heads)
+
+
+def chosen(scores):
+    """Which tokens [S, S] are among the best of each query."""
+    marks = np.zeros(scores.shape, bool)
     np.put_along_axis(marks, np.argsort(-scores, -1, kind="stable")[:, : CONFIG.index_topk], True, axis=-1)
     return marks
 
@@ -108,7 +117,7 @@ def test_layers_are_their_float64_statements_document_by_document(kind):
     out = run(jnp.asarray(x, jnp.float32))
     for row in range(2):
         ends = [0, 9, 12, LENGTH]
-        parts = [stated(kind, x[row, first:last]) for first, last in zip(ends, ends[1:], strict=False)]
+        parts = [stated(kind, x[row, first:last])[0] for first, last in zip(ends, ends[1:], strict=False)]
         np.testing.assert_allclose(out[row], np.concatenate(parts), rtol=0, atol=2e-5)
 
 
@@ -123,12 +132,14 @@ def test_nothing_later_and_no_other_document_reaches_a_token(kind):
     assert (reached == allowed).all() or kind == MLA_SPARSE
 
 
-def test_the_sparse_layer_reads_as_many_tokens_as_it_chooses_and_its_indexer_learns_from_its_loss_alone():
+def test_the_sparse_layer_reads_what_it_chooses_and_its_indexer_follows_its_attention():
     x = jnp.asarray(RNG.normal(size=(1, LENGTH, CONFIG.hidden_size)), jnp.float32)
     for mode in ("dense", "sparse"):
         options = AttentionOptions(mode, True, NONE)
         out, record = jax.jit(lambda x, o=options: layer(MLA_SPARSE, x, o))(x)
-        assert record["index_loss"].kl.shape == (1, LENGTH) and record["index_loss"].counts.all()
+        _, kl = stated(MLA_SPARSE, np.asarray(x[0], np.float64), mode == "sparse")
+        np.testing.assert_allclose(record["index_loss"].kl[0], kl, rtol=0, atol=1e-5)
+        assert record["index_loss"].counts.all() and kl.max() > 0.1
         if mode == "sparse":
             np.testing.assert_array_equal((record["selected"] >= 0).sum(-1)[0], np.minimum(np.arange(LENGTH) + 1, 3))
         else:

@@ -43,6 +43,9 @@ SIZES = tuple(field.name for field in fields(BaselineSizes))
 def wrong_sizes(config: DeepseekV4Config) -> Iterator[str]:
     """What is wrong with the sizes of the baseline layers that the plan has, a sentence each."""
     c, sizes = config, config.baseline
+    if not isinstance(sizes, BaselineSizes):
+        yield f"baseline is {sizes!r}: an object with {', '.join(SIZES)} is needed"
+        return
     for name in SIZES:
         value = getattr(sizes, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -207,6 +207,7 @@ def test_costs_are_those_counted_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"baseline": 5}, "baseline is 5: an object with num_key_value_heads, kv_lora_rank"),
         ({"baseline": {"kv_rank": 3}}, "baseline has no key 'kv_rank'"),
         ({"baseline": {"kv_lora_rank": 0}}, "baseline.kv_lora_rank is 0: an integer of at least 1"),
         ({"baseline": {"num_key_value_heads": 3}}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),

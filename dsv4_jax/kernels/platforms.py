@@ -93,10 +93,17 @@ def on_one_device() -> bool:
 def is_hopper() -> bool:
     """Whether the program is compiled for one NVIDIA GPU here with warpgroup products: compute capability 9.
 
-    Later GPUs lack these instructions. With several devices XLA would copy whole operands to each of them: it cannot
-    partition a kernel.
+    With several devices XLA would copy whole operands to each of them: it cannot partition a kernel.
     """
-    here = on_one_device() and jax.default_backend() == "gpu"
+    return on_one_device() and are_hopper()
+
+
+def are_hopper() -> bool:
+    """Whether the program is compiled for NVIDIA GPUs here with warpgroup products; later GPUs lack them.
+
+    For kernels whose operands are each device's own (`kernels_allowed`), however many devices there are.
+    """
+    here = _elsewhere.get() is None and jax.default_backend() == "gpu"
     return here and jax.devices()[0].compute_capability.startswith("9.")
 
 

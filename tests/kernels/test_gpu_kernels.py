@@ -14,17 +14,10 @@ from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention import gpu, gpu_backward, gpu_fetch, paged, reference
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 
-INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"  # not public in jax 0.10
 SCALE = 0.1
 CALL = 'custom_call_target="mosaic_gpu_v2"'
 # Relative to the largest value: weights and outputs are rounded to the 8 bits of BF16, in another order.
 TOLERANCE = 1e-2
-
-
-@pytest.fixture
-def interpreter():
-    yield pytest.importorskip(f"{INTERPRETER}.params").InterpretGPUParams()
-    pytest.importorskip(f"{INTERPRETER}.interpret_pallas_call").reset_gpu_interpret_mode_state()  # as after a failure
 
 
 def close(name, found, wanted, tolerance=TOLERANCE):

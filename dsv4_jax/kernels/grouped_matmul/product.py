@@ -1,4 +1,4 @@
-"""Grouped matmul: on TPUs a kernel, elsewhere a loop over tiles, with its gradients.
+"""Grouped matmul: a kernel on TPUs and on Hopper GPUs, elsewhere a loop over tiles, with its gradients.
 
 Both do 1.0x the ideal FLOPs in both directions, but for the padding of each expert's last tile. Native
 `jax.lax.ragged_dot` expands densely on CPU and in its weight gradient on TPU and GPU (docs/kernels.md), so it is not
@@ -8,11 +8,12 @@ used.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
-from dsv4_jax.kernels.grouped_matmul import tpu, xla
+from dsv4_jax.kernels.grouped_matmul import gpu, tpu, xla
 from dsv4_jax.kernels.grouped_matmul.groups import Groups
 from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.quantization.packed import Packed
@@ -50,11 +51,18 @@ grouped_matmul.defvjp(_vjp_fwd, _vjp_bwd)
 
 def multiply(rows: jax.Array, weights: jax.Array | Packed, groups: Groups, transposed: bool = False) -> jax.Array:
     """See `xla.forward`."""
-    kernel = partial(tpu.forward, transposed=transposed) if tpu.supports(rows, weights, groups, transposed) else None
-    return by_platform(rows, weights, groups, xla=partial(xla.forward, transposed=transposed), tpu=kernel)
+    kernel: dict[str, Any] = {}
+    for name, backend in (("tpu", tpu), ("gpu", gpu)):
+        if backend.supports(rows, weights, groups, transposed):
+            kernel[name] = partial(backend.forward, transposed=transposed)
+    return by_platform(rows, weights, groups, xla=partial(xla.forward, transposed=transposed), **kernel)
 
 
 def weight_gradient(rows: jax.Array, d_out: jax.Array, weights: jax.Array, groups: Groups) -> jax.Array:
     """See `xla.weight_gradient`."""
-    kernel = tpu.weight_gradient if tpu.supports(rows, weights, groups) else None
-    return by_platform(rows, d_out, weights, groups, xla=xla.weight_gradient, tpu=kernel)
+    kernel: dict[str, Any] = {}
+    if tpu.supports(rows, weights, groups):
+        kernel["tpu"] = tpu.weight_gradient
+    if gpu.supports_gradient(rows, weights, groups):
+        kernel["gpu"] = gpu.weight_gradient
+    return by_platform(rows, d_out, weights, groups, xla=xla.weight_gradient, **kernel)

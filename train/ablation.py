@@ -59,7 +59,28 @@ def variants(recipe: Recipe) -> dict[str, Variant]:
     if csa and hca:
         plans = (("article-3-1", 3), ("article-4-1", 4))
         found += [Variant(name, f"{n} CSA layers, then one HCA", lambda r, n=n: with_plan(r, n)) for name, n in plans]
-    return {variant.name: variant for variant in found + other_models(recipe)}
+    return {variant.name: variant for variant in found + without_a_claim(recipe) + other_models(recipe)}
+
+
+def without_a_claim(recipe: Recipe) -> list[Variant]:
+    """The mechanisms that the article makes claims about, each taken away or added (`train.claims` measures them)."""
+    config, found = recipe.model.config, []
+    if config.hc_mult > 1:
+        found.append(Variant("one-stream", "one residual stream, nothing to mix", lambda r: _with_model(r, hc_mult=1)))
+    if recipe.losses.bias_speed and config.n_routed_experts > config.num_experts_per_tok:
+        found.append(Variant("no-bias", "router biases do not move", without_bias))
+        found.append(Variant("temperature", "adaptive routing temperature", with_temperature))
+    return found
+
+
+def without_bias(recipe: Recipe) -> Recipe:
+    """Router biases stay where they begin; the sequence-wise loss goes on balancing."""
+    return dataclasses.replace(recipe, losses=dataclasses.replace(recipe.losses, bias_speed=0.0))
+
+
+def with_temperature(recipe: Recipe) -> Recipe:
+    """The article's adaptive routing temperature (3.2)."""
+    return _with_model(recipe, adaptive_routing_temperature=0.5)
 
 
 def other_models(recipe: Recipe) -> list[Variant]:

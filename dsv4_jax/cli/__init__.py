@@ -23,6 +23,7 @@ COMMANDS = {  # name: module, what it does
         "dsv4_jax.cli.ablate",
         "train variants of a recipe: which mechanism does what, as a table and a picture",
     ),
+    "claims": ("dsv4_jax.cli.claims", "what the article claims of a mechanism, on models trained with it and without"),
     "launch": ("dsv4_jax.cli.launch", "start a command in several processes on this machine, as one job"),
     "generate": ("dsv4_jax.cli.generate", "continue a text with a checkpoint, as it comes"),
     "chat": ("dsv4_jax.cli.chat", "talk with a checkpoint in the release's prompt format"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from train.data.tasks.task import Chance, Task, TaskError, TaskRow
+from train.data.tasks.task import BOS, Chance, Task, TaskError, TaskRow
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,28 @@ class MultiQueryRecall(Task):
             tokens[places], tokens[places + 1] = pairs.T
         order = np.argsort(asked)
         return TaskRow(tokens, asked[order] + 1, (asked - stated)[order], stated[order])
+
+    def retold(self, length: int, seed: int, index: int, ways: int) -> tuple[np.ndarray, int]:
+        """One statement in other words: the same pairs in other orders, among other filler, then one question.
+
+        Args:
+            length: tokens of a row; the last one is the key that is asked for.
+            seed: of the statements.
+            index: of the statement.
+            ways: how often it is told.
+
+        Returns:
+            Rows int32 [ways, length], and the value that must follow each of them.
+
+        Raises:
+            TaskError: when `length` cannot hold it.
+        """
+        self.check_length(length)
+        rng = np.random.default_rng([0x7E11, seed, index])
+        pairs = np.stack([self.draw(rng, 0, self.n_pairs), self.draw(rng, 1, self.n_pairs)], 1)
+        rows = self.fillers(rng, ways * length).reshape(ways, length).astype(np.int32)
+        stated = 1 + self.spacing * np.arange(self.n_pairs)
+        for row in rows:
+            row[stated], row[stated + 1] = rng.permutation(pairs).T
+        rows[:, 0], rows[:, -1] = BOS, pairs[0, 0]
+        return rows, int(pairs[0, 1])

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from faults import spoilt_after
 from jax.sharding import AbstractMesh
 
 from dsv4_jax import cli, weights
@@ -22,6 +23,7 @@ from dsv4_jax.errors import UserError
 from sharding.mesh import AXES, parse_mesh
 from sharding.processes import Processes
 from sharding.rules import check_fit, find_strategy
+from train import stage_run
 from train.data.pipeline import BatchConfig, TrainBatches
 from train.data.tokens import prepare
 from train.loop import train
@@ -162,6 +164,45 @@ def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the
         found, wanted = values(folder, name), values(whole, name)
         assert len(found) == steps and sorted(found) == sorted(wanted)
         np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=TOLERANCE, err_msg=name)
+
+
+SPIKE_AT = 11
+STABILITY = {"spike_window": 6, "spike_steps": 1, "rollback_steps": 2, "anticipatory_steps": 7, "anticipatory_delay": 2}
+
+
+@pytest.mark.slow
+def test_two_processes_undo_a_spike_and_route_ahead_as_one_does(home, monkeypatch):
+    """A fault after step 10: back to step 5, experts chosen two steps ahead for a while, then as before."""
+    settings = ["stages.dense.steps=18", *(f"stability.{name}={value}" for name, value in STABILITY.items())]
+    monkeypatch.setattr(stage_run.Programs, "step", spoilt_after({SPIKE_AT - 1}))
+    train(find_recipe(home / "tiny.json", settings), home / "spiked-alone", cache=home / "cache")
+    options = [*arguments(home, "--strategy", "expert-fsdp", "--mesh", "expert=2,fsdp=2")]
+    options[options.index("--out") + 1] = str(home / "spiked")
+    options += [word for setting in settings for word in ("--set", setting)]
+    script, port = [sys.executable, str(ROOT / "tests" / "faults.py"), str(SPIKE_AT - 1)], free_port()
+    logs = [home / f"spiked-{number}.txt" for number in range(2)]
+    two = [
+        subprocess.Popen(
+            [*script, *options], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
+            env=environment(2, i, port, devices=2) | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)},
+        )
+        for i, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        ends = [process.wait(timeout=600) for process in two]
+    finally:
+        for process in two:
+            process.kill()
+    said = logs[0].read_text()
+    assert ends == [0, 0], said[-3000:]
+    assert f"loss spike at step {SPIKE_AT}" in said and "back to the checkpoint of step 5" in said
+    assert "back to standard training" in said and "spike" not in logs[1].read_text(), "only process 0 speaks"
+    folders = [home / name for name in ("spiked", "spiked-alone")]
+    modes, spikes = ([values(folder, name) for folder in folders] for name in ("anticipatory", "spike_step"))
+    assert modes[0] == modes[1] and sorted(modes[0]) == list(range(6, 13)) and spikes[0] == spikes[1] == {6: SPIKE_AT}
+    found, wanted = (values(folder, "loss") for folder in folders)
+    assert sorted(found) == sorted(wanted) == list(range(1, 19))
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=TOLERANCE)
 
 
 def test_two_processes_generate_what_one_does(whole):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faults import spoilt_after
 from jax.tree_util import keystr
 from support import TINY, random_params
 from tensorboardX.proto import event_pb2
@@ -313,26 +314,6 @@ def compiled_once(self, name, *arguments):
 
 def lines_of(folder, what="loss"):
     return {line["step"]: line[what] for line in read_metrics(folder / "metrics.jsonl") if what in line}
-
-
-def spoilt_after(steps, times=1):
-    """A fault of a machine: after these steps, the first `times` they are done, the output matrix is multiplied."""
-    original, seen = stage_run.Programs.step, {}
-
-    def step(self, stage, state):
-        inner = original(self, stage, state)
-
-        def spoiling(state, batch):
-            state, metrics = inner(state, batch)
-            done = int(state.step)
-            seen[done] = seen.get(done, 0) + 1
-            if done in steps and seen[done] <= times:
-                state = state._replace(params=state.params | {"head": state.params["head"] * 300})
-            return state, metrics
-
-        return spoiling
-
-    return step
 
 
 @pytest.fixture

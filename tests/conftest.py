@@ -1,10 +1,27 @@
-"""What every test shares: the CPU and a compilation cache."""
+"""What every test shares: the CPU, a compilation cache, and how hard XLA works on a program."""
 
 import os
 from pathlib import Path
+
+import pytest
 
 # Before jax is imported, so that subprocesses inherit them too. Compiling dominates these tests: a second run is fast.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4-jax" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Half of a program's compilation is LLVM's work on its speed. Modules marked `optimized` have it done, as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_LIGHTLY = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"].lower() in ("1", "true")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_for_its_tests(request):
+    """The module's choice of optimisation; its programs are forgotten behind it, or a worker would grow to 6 GB."""
+    import jax
+
+    lightly = _LIGHTLY and request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", lightly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(lightly))  # of subprocesses
+    yield
+    jax.clear_caches()

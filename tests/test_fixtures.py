@@ -13,6 +13,8 @@ from support import load_fixture, run_oracle, transformers_names
 from dsv4_jax import model
 from dsv4_jax.config import CSA
 
+pytestmark = pytest.mark.optimized
+
 NAMES = ("pub_a", "pub_b")
 LOGITS = 6e-5  # absolute, given with the fixtures: logits reach 9, a missing hc_eps moves them by as much
 NOISE = 5e-6  # root mean square of the logits' error

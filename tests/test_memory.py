@@ -130,6 +130,8 @@ import resource, sys
 import jax, jax.numpy as jnp
 from test_memory import CSA_BLOCK, compiled_training
 from dsv4_jax import weights
+
+pytestmark = pytest.mark.optimized
 length = int(sys.argv[1])
 params = jax.jit(lambda key: weights.init(CSA_BLOCK, key))(jax.random.key(0))
 tokens = jax.random.randint(jax.random.key(1), (1, length), 0, CSA_BLOCK.vocab_size)

@@ -19,6 +19,8 @@ from dsv4_jax.inference.requests import GenerateOptions
 from dsv4_jax.inference.stop_strings import ShownText
 from dsv4_jax.tokenizer import BOS, EOS, Tokenizer
 
+pytestmark = pytest.mark.optimized
+
 PARAMS = random_params(TINY)
 LETTERS = Tokenizer([bytes([48 + i]) for i in range(62)] + [BOS.encode(), EOS.encode()], {BOS: 62, EOS: 63})
 PROMPTS = [

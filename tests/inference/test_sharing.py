@@ -427,6 +427,8 @@ WRITES_AND_READS = """
 import sys, json, numpy as np
 from support import TINY, random_params
 from test_sharing import DOCUMENT, BlockPool, PrefixStore, prefill
+
+pytestmark = pytest.mark.optimized
 params = random_params(TINY)
 store = PrefixStore(sys.argv[1], params, "full", limit=200_000)
 hits = []

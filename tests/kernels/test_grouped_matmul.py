@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from dsv4_jax.kernels.chunks import materialise
 from dsv4_jax.kernels.grouped_matmul import collect, grouped_matmul, make_groups, reference, spread
 
+pytestmark = pytest.mark.optimized
+
 property_test = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 
 

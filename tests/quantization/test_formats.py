@@ -8,6 +8,8 @@ import pytest
 
 from dsv4_jax.quantization import formats
 
+pytestmark = pytest.mark.optimized
+
 KINDS = [pytest.param(np.asarray, id="numpy"), pytest.param(jnp.asarray, id="jax")]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

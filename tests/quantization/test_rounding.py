@@ -19,6 +19,8 @@ from dsv4_jax.quantization.formats import (
 )
 from dsv4_jax.quantization.rounding import Rounding
 
+pytestmark = pytest.mark.optimized
+
 # Format: its ml_dtypes type, largest number, the floor of amax.
 RELEASED = {
     "fp8": (ml_dtypes.float8_e4m3fn, 448.0, 1e-4),

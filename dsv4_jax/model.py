@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config, LayerSpec
-from dsv4_jax.kernels.streams import read, write
 from dsv4_jax.layers.attention import Attention, AttentionOptions, Mode
 from dsv4_jax.layers.baseline_attention import BASELINE_LAYERS
-from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, stochastic_errors
+from dsv4_jax.layers.hyper_connections import HyperConnection, HyperHead, enter, leave, stochastic_errors
 from dsv4_jax.layers.kv_cache import Cache, LayerCache, split_layer
 from dsv4_jax.layers.layout import Past, make_cached_layout, make_layout
 from dsv4_jax.layers.moe import MoE
@@ -45,16 +44,16 @@ class Block(nnx.Module):
     def __call__(self, streams: jax.Array, batch: Batch, options: Options, past: LayerCache | None = None):
         """streams [B, S, n, D] -> (streams, record of this block, what its attention remembers)."""
         with jax.named_scope("attention"):
-            maps = self.hc_attn(streams)
-            x = rms_norm(read(streams, maps.pre), self.attn_norm[...], self.eps)
+            maps = self.hc_attn(streams, options.partition)
+            x = rms_norm(enter(streams, maps.pre, options.partition), self.attn_norm[...], self.eps)
             attn_out, seen, past = options.partition.attention(self.attn, x, batch.layout, options.attention, past)
-            streams = write(streams, attn_out, maps.post, maps.comb)
+            streams = leave(streams, attn_out, maps, options.partition)
         with jax.named_scope("moe"):
-            ffn_maps = self.hc_ffn(streams)
-            x = rms_norm(read(streams, ffn_maps.pre), self.ffn_norm[...], self.eps)
+            ffn_maps = self.hc_ffn(streams, options.partition)
+            x = rms_norm(enter(streams, ffn_maps.pre, options.partition), self.ffn_norm[...], self.eps)
             given = batch.tokens, batch.counted, batch.expert_ids
             mlp_out, routed = self.ffn(x, *given, options.partition, options.attention.policy)
-            streams = write(streams, mlp_out, ffn_maps.post, ffn_maps.comb)
+            streams = leave(streams, mlp_out, ffn_maps, options.partition)
         errors = jnp.maximum(jnp.stack(stochastic_errors(maps.comb)), jnp.stack(stochastic_errors(ffn_maps.comb)))
         record = {"load": routed["load"], "balance": routed["balance"], "hc_errors": errors}
         record |= {"index_loss": seen["index_loss"]} if "index_loss" in seen else {}
@@ -92,7 +91,7 @@ class MultiTokenPrediction(nnx.Module):
         embedded = dense(policy("mtp_input", rms_norm(next_embedding, self.enorm[...], eps)), self.e_proj[...])
         carried = dense(policy("mtp_input", rms_norm(streams, self.hnorm[...], eps)), self.h_proj[...])
         streams, record, past = self.block(embedded[..., None, :] + carried, batch, options, past)
-        return rms_norm(self.hc_head(streams), self.norm[...], eps), record, past
+        return rms_norm(self.hc_head(streams, options.partition), self.norm[...], eps), record, past
 
 
 class Ends(nnx.Module):
@@ -193,7 +192,7 @@ def forward(
         layer_params = params["segments"][str(i)]
         streams, records, cache = run_segment(config, i, graphs, layer_params, streams, batch, options, cache)
         layers += records
-    hidden = rms_norm(ends.hc_head(streams), ends.norm[...], config.rms_norm_eps)
+    hidden = rms_norm(ends.hc_head(streams, partition), ends.norm[...], config.rms_norm_eps)
 
     mtp_hidden = None
     if mtp and config.mtp_layers:

@@ -30,9 +30,15 @@ class Partition:
         return x
 
     def experts(
-        self, apply: ExpertFunction, matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+        self,
+        apply: ExpertFunction,
+        matrices: Any,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        weights: jax.Array,
+        beside: jax.Array | None = None,
     ) -> jax.Array:
-        """The weighted sum of each token's experts.
+        """The weighted sum of each token's experts, and of what is computed while tokens travel to them and back.
 
         Args:
             apply: `(matrices, x [N, D], expert_ids [N, k], weights [N, k]) -> [N, D]`, for any part of the experts: ids
@@ -41,13 +47,14 @@ class Partition:
             x: [B, S, D].
             expert_ids: [B, S, k].
             weights: [B, S, k] float32.
+            beside: [B, S, D], which is added.
 
         Returns:
             [B, S, D]; no token is dropped.
         """
         k = expert_ids.shape[-1]
         flat = apply(matrices, x.reshape(-1, x.shape[-1]), expert_ids.reshape(-1, k), weights.reshape(-1, k))
-        return flat.reshape(x.shape)
+        return flat.reshape(x.shape) if beside is None else flat.reshape(x.shape) + beside
 
     def attention(
         self, layer: Attention, x: jax.Array, layout: Layout, options: AttentionOptions, past: LayerCache | None

@@ -61,9 +61,12 @@ def run_segment(
     pools = {name: cache.pools[name] for name in names} if cache is not None else None
 
     given = given_experts(config, number, batch.expert_ids)
+    # Streams go along side by side, [B, S, nD]: a TPU lays out [B, S, n, D] in another way, and would copy.
+    shape, start = streams.shape, streams.reshape(*streams.shape[:-2], -1)
 
     def unit(carry: tuple[jax.Array, Any], stacked: tuple[Params, Any, Any, jax.Array]) -> tuple[Any, Any]:
-        (streams, pools), (params, states, given, layer) = carry, stacked
+        (flat, pools), (params, states, given, layer) = carry, stacked
+        streams = flat.reshape(shape)
         records, new_states, new_pools = [], {}, {}
         for i, (graph, name) in enumerate(zip(graphs, names, strict=True)):
             past = cache and cache.layer(segment.unit[i], states[name], pools[name], layer)
@@ -73,18 +76,18 @@ def run_segment(
             if past is not None:
                 state, new_pools[name] = split_layer(past)
                 new_states[name] = trimmed(config, segment.unit[i], state, batch, options)
-        return (streams, new_pools if cache else None), (records, new_states if cache else None)
+        return (streams.reshape(flat.shape), new_pools if cache else None), (records, new_states if cache else None)
 
     body = jax.checkpoint(unit) if options.remat else unit
     if isinstance(params, list):
-        (streams, pools), (stacked, states) = _loop(body, (streams, pools), params, (states, given))
+        (streams, pools), (stacked, states) = _loop(body, (start, pools), params, (states, given))
     else:
         xs = (params, states, given, jnp.arange(segment.repeats, dtype=jnp.int32))
-        (streams, pools), (stacked, states) = jax.lax.scan(body, (streams, pools), xs, unroll=options.unroll)
+        (streams, pools), (stacked, states) = jax.lax.scan(body, (start, pools), xs, unroll=options.unroll)
     if cache is not None:
         cache = replace(cache, states=cache.states | states, pools=cache.pools | pools)
     take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
-    return streams, [take(record, i) for i in range(segment.repeats) for record in stacked], cache
+    return streams.reshape(shape), [take(record, i) for i in range(segment.repeats) for record in stacked], cache
 
 
 def given_experts(config: DeepseekV4Config, number: int, expert_ids: jax.Array | None) -> dict[int, jax.Array]:

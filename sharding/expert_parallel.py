@@ -73,6 +73,7 @@ def dispatch_experts(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
+    beside: jax.Array | None = None,
     headroom: float = HEADROOM,
 ) -> jax.Array:
     """`Partition.experts` with the experts spread over the mesh's expert axis, and their width over its tensor axis.
@@ -86,6 +87,7 @@ def dispatch_experts(
         x: [B, S, D].
         expert_ids: [B, S, k].
         weights: [B, S, k] float32.
+        beside: [B, S, D], which is added; its computation can stand between the beginning and the end of an exchange.
         headroom: capacity of a round over the mean load of an owner.
 
     Returns:
@@ -97,28 +99,40 @@ def dispatch_experts(
     specs = type(matrices)(wide, wide, PartitionSpec(EXPERT, TENSOR, None))
     tokens = PartitionSpec(*rows, *(None,) * (3 - len(rows)))
 
-    def one_device(matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array) -> jax.Array:
-        k = expert_ids.shape[-1]
-        flat = x.reshape(-1, x.shape[-1]), expert_ids.reshape(-1, k), weights.reshape(-1, k)
-        out = local(apply, matrices, *flat, experts=matrices[0].shape[0] * mesh.shape[EXPERT])
-        if mesh.shape[TENSOR] > 1:
-            out = jax.lax.psum(out, TENSOR)
-        return out.reshape(x.shape)
+    def one_device(
+        matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, beside: jax.Array | None
+    ) -> jax.Array:
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        experts, split = matrices[0].shape[0] * mesh.shape[EXPERT], mesh.shape[TENSOR] > 1
+        added = None if split or beside is None else flat(beside)
+        out = local(apply, matrices, flat(x), flat(expert_ids), flat(weights), added, experts=experts)
+        out = out.reshape(x.shape)
+        if not split:
+            return out
+        out = jax.lax.psum(out, TENSOR)
+        return out if beside is None else out + beside
 
     return jax.shard_map(
-        one_device, mesh=mesh, in_specs=(specs, tokens, tokens, tokens), out_specs=tokens, check_vma=False
-    )(matrices, x, expert_ids, weights)
+        one_device, mesh=mesh, in_specs=(specs, tokens, tokens, tokens, tokens), out_specs=tokens, check_vma=False
+    )(matrices, x, expert_ids, weights, beside)
 
 
 def _own_share(
-    apply: ExpertFunction, matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, experts: int
+    apply: ExpertFunction,
+    matrices: Any,
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array,
+    beside: jax.Array | None,
+    experts: int,
 ) -> jax.Array:
     """Tokens are on every owner: each computes its experts and the sum over owners is the result."""
     del experts
     own = matrices[0].shape[0]
     local = expert_ids - jax.lax.axis_index(EXPERT) * own
     local = jnp.where((local >= 0) & (local < own), local, own)
-    return jax.lax.psum(apply(matrices, x, local, weights).astype(jnp.float32), EXPERT).astype(x.dtype)
+    out = jax.lax.psum(apply(matrices, x, local, weights).astype(jnp.float32), EXPERT).astype(x.dtype)
+    return out if beside is None else out + beside
 
 
 def _exchange(
@@ -127,6 +141,7 @@ def _exchange(
     x: jax.Array,
     expert_ids: jax.Array,
     weights: jax.Array,
+    beside: jax.Array | None,
     experts: int,
     headroom: float,
     mesh: Mesh,
@@ -136,6 +151,8 @@ def _exchange(
     plan = plan_dispatch(tokens, k, experts, owners, headroom)
     places = _places(expert_ids // plan.experts, owners)
     out = _round(plan, apply, matrices, x, expert_ids, weights, places, jnp.int32(0))
+    if beside is not None:  # before further rounds: the first use of what an exchange brings back waits for it
+        out = out + beside.astype(jnp.float32)
     if plan.rounds == 1:
         return out.astype(x.dtype)
     # The largest load anywhere decides, so that all devices run the same rounds.

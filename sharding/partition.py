@@ -40,13 +40,19 @@ class MeshPartition(Partition):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition))
 
     def experts(
-        self, apply: ExpertFunction, matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array
+        self,
+        apply: ExpertFunction,
+        matrices: Any,
+        x: jax.Array,
+        expert_ids: jax.Array,
+        weights: jax.Array,
+        beside: jax.Array | None = None,
     ) -> jax.Array:
         """See `Partition.experts`."""
         if self.mesh.size == 1:
-            return super().experts(apply, matrices, x, expert_ids, weights)
+            return super().experts(apply, matrices, x, expert_ids, weights, beside)
         rows = self._rows(x)
-        return dispatch_experts(self.mesh, rows, apply, matrices, x, expert_ids, weights, self.headroom)
+        return dispatch_experts(self.mesh, rows, apply, matrices, x, expert_ids, weights, beside, self.headroom)
 
     def attention(
         self, layer: Attention, x: jax.Array, layout: Layout, options: AttentionOptions, past: LayerCache | None

@@ -51,6 +51,9 @@ def _wide(*axes: str) -> dict[str, Axes]:
     return dict.fromkeys(("embed", "streams_embed", "q_lora", "o_lora"), axes)
 
 
+INSTEAD = {"q_lora": ("heads", "index_heads")}
+"""Which dimension of a matrix takes the devices by which another does not divide: V4-Pro's rank is 1,536, not 1,024."""
+
 _TENSOR = dict.fromkeys(("heads", "o_groups", "o_lora", "index_heads", "mlp", "vocab"), ("tensor",))
 _DATA = ("data", "fsdp", "expert")
 
@@ -114,12 +117,19 @@ def spec(
 ) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical axes; mesh axes of size 1 are left out.
 
-    With a `shape`, a dimension takes only as many of its mesh axes, from the first on, as divide its size.
+    With a `shape`, a dimension takes only as many of its mesh axes, from the first on, as divide its size, unless the
+    dimension that stands in for it (`INSTEAD`) can take all.
     """
     taken: set[str] = set()
     dimensions = []
+    rules = dict(rules)
     for number, axis in enumerate(axes):
         free = tuple(a for a in rules.get(axis or "", ()) if a not in taken and mesh.shape[a] > 1)
+        ways = math.prod(mesh.shape[a] for a in free)
+        if shape and shape[number] % ways:
+            others = (axes.index(name) for name in INSTEAD.get(axis or "", ()) if name in axes and name not in rules)
+            if (other := next((i for i in others if shape[i] % ways == 0), None)) is not None:
+                rules[str(axes[other])], free = free, ()
         while shape and shape[number] % math.prod(mesh.shape[a] for a in free):
             free = free[:-1]
         taken |= set(free)

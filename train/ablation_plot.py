@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from train.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
+from train.plot_panels import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED
 
 COSTS = (("parameters", "parameters", GREY), ("flops", "FLOPs/token", BLUE), ("cache_row", "cache of a row", ORANGE))
 LINES = (GREEN, BLUE, ORANGE, PURPLE, RED, INK, GREY)

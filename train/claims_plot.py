@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from train.plots import BLUE, GREEN, INK, ORANGE, PURPLE
+from train.plot_panels import BLUE, GREEN, INK, ORANGE, PURPLE
 
 PANELS = (
     ("ratio", "How much wording changes the answer", "0: only the meaning counts", ORANGE),

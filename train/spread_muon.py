@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.facts import Fact
+from sharding.rules import Strategy, spec
 from train.newton_schulz import orthogonalize_columns
 
 # Devices take matrices in the order in which the strategies' state rules cut a weight's wide dimension, and experts'
@@ -30,9 +32,11 @@ class SpreadMuon:
 
     Attributes:
         mesh: the devices; all its axes share the matrices.
+        strategy: by whose rules for the state the arrays lie on it.
     """
 
     mesh: Mesh
+    strategy: Strategy
 
     def __call__(
         self, arrays: Sequence[jax.Array], facts: Sequence[Fact], dtype: jax.typing.DTypeLike | None = None
@@ -42,7 +46,7 @@ class SpreadMuon:
         for members in self._batches(arrays, facts):
             counted = [_matrices(arrays[i], facts[i]) for i in members]
             stack = jnp.concatenate(counted) if len(counted) > 1 else counted[0]
-            done = self._orthogonalize(stack, "experts" in facts[members[0]].axes[:-2], dtype)
+            done = self._orthogonalize(stack, arrays[members[0]], facts[members[0]], dtype)
             ends = [sum(len(x) for x in counted[: k + 1]) for k in range(len(counted) - 1)]
             for i, part in zip(members, jnp.split(done, ends), strict=True):
                 results[i] = _unmatrices(part, arrays[i], facts[i])
@@ -70,21 +74,39 @@ class SpreadMuon:
             batches.setdefault((*sorted(x.shape[-2:]), *alone), []).append(i)
         return list(batches.values())
 
-    def _orthogonalize(self, stack: jax.Array, experts: bool, dtype: jax.typing.DTypeLike | None) -> jax.Array:
-        """[M, rows, cols] with rows <= cols; padded on each owner of experts to a multiple of the devices it shares."""
+    def _orthogonalize(
+        self, stack: jax.Array, like: jax.Array, fact: Fact, dtype: jax.typing.DTypeLike | None
+    ) -> jax.Array:
+        """[M, rows, cols] with rows <= cols; padded on each owner of experts to a multiple of the devices it shares.
+
+        Padding and its removal happen while every device has its part of each matrix, as the state lies: between that
+        layout and whole matrices both dimensions divide, and the partitioner has no reason to gather.
+        """
+        experts = "experts" in fact.axes[:-2]
         owners = self.mesh.shape["expert"] if experts else 1
         sharing = self.mesh.size // owners
         by_owner = stack.reshape(owners, -1, *stack.shape[1:])
         count = by_owner.shape[1]
         own = -(-count // sharing)
+        order, parts = EXPERT_ORDER if experts else ORDER, self._parts(like, fact, experts)
         padded = jnp.pad(by_owner, ((0, 0), (0, own * sharing - count), (0, 0), (0, 0)))
-        order = EXPERT_ORDER if experts else ORDER
+        padded = self._constrain(padded, *parts)
         dealt = self._constrain(padded.reshape(-1, own, *stack.shape[1:]), order)
         done = orthogonalize_columns(dealt.swapaxes(0, 1), dtype).swapaxes(0, 1)
-        return self._constrain(done, order).reshape(padded.shape)[:, :count].reshape(stack.shape)
+        back = self._constrain(self._constrain(done, order).reshape(padded.shape), *parts)
+        return back[:, :count].reshape(stack.shape)
 
-    def _constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(axes)))
+    def _parts(self, like: jax.Array, fact: Fact, experts: bool) -> tuple[Any, ...]:
+        """Mesh axes of [owners, matrices, rows, cols] as the state lies."""
+        state = self.strategy.state or self.strategy.parameters
+        rules = {name: tuple(a for a in axes if not (experts and a == "expert")) for name, axes in state.items()}
+        lies = spec(rules, fact.axes[-2:], self.mesh, like.shape[-2:])
+        rows, cols = (*lies, None, None)[:2]
+        turned = like.shape[-2] > like.shape[-1]
+        return "expert" if experts else None, None, *((cols, rows) if turned else (rows, cols))
+
+    def _constrain(self, x: jax.Array, *axes: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
 
 def _matrices(x: jax.Array, fact: Fact) -> jax.Array:

@@ -104,7 +104,8 @@ class StepPlan:
     def transformation(self, kind: Kind = "dense") -> optax.GradientTransformation:
         """The optimizer of a stage; its state has the same structure in every stage."""
         trainable = partial(moves, OBJECTIVES[kind])
-        spread = SpreadMuon(self.partition.mesh) if isinstance(self.partition, MeshPartition) else None
+        mesh = self.partition if isinstance(self.partition, MeshPartition) else None
+        spread = None if mesh is None else SpreadMuon(mesh.mesh, mesh.strategy)
         return make_optimizer(self.facts, self.learning_rate, self.optimizer, trainable=trainable, orthogonalize=spread)
 
     def init(self, seed: int, params: Any = None) -> TrainState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.plots import BLUE, GREEN, GREY, ORANGE, RED
+from train.plot_panels import BLUE, GREEN, GREY, ORANGE, RED
 
 
 def draw_task(summary: dict[str, Any], window: int, path: Any) -> None:

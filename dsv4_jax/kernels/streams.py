@@ -1,8 +1,9 @@
 """Mixing n residual streams: reads, writes and Sinkhorn, with backward passes written out.
 
-n is tiny (4) and tokens are many. Automatic differentiation of per-stream slices leaves chains of pads that XLA fuses
-into one another and recomputes, and reductions over an axis of size n do not vectorise; both passes are therefore
-stated as sums over streams, unrolled, and what several consumers read is materialised.
+On TPUs kernels do it (`streams_tpu`). Elsewhere XLA does: n is tiny (4) and tokens are many. Automatic differentiation
+of per-stream slices leaves chains of pads that XLA fuses into one another and recomputes, and reductions over an axis
+of size n do not vectorise; both passes are therefore stated as sums over streams, unrolled, and what several consumers
+read is materialised.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.kernels import streams_tpu as tpu
 from dsv4_jax.kernels.chunks import materialise
+from dsv4_jax.kernels.platforms import by_platform
 
 
 @jax.custom_vjp
 def read(streams: jax.Array, pre: jax.Array) -> jax.Array:
     """`sum_i pre_i stream_i`: streams [.., n, D], pre [.., n] float32 -> [.., D] in the streams' dtype."""
-    return _over_streams(streams, pre[..., None]).astype(streams.dtype)
+
+    def xla(streams: jax.Array, pre: jax.Array) -> jax.Array:
+        return _over_streams(streams, pre[..., None]).astype(streams.dtype)
+
+    return by_platform(streams, pre, xla=xla, tpu=tpu.read if tpu.supports(streams) else None)
 
 
 def _read_fwd(streams: jax.Array, pre: jax.Array):
@@ -26,11 +33,13 @@ def _read_fwd(streams: jax.Array, pre: jax.Array):
 
 
 def _read_bwd(saved, d_out: jax.Array):
-    streams, pre = saved
-    d_out = materialise(d_out)
-    d_streams = pre[..., None] * d_out[..., None, :].astype(jnp.float32)
-    d_pre = jnp.einsum("...d,...id->...i", d_out, streams, preferred_element_type=jnp.float32)
-    return d_streams.astype(streams.dtype), d_pre
+    def xla(streams: jax.Array, pre: jax.Array, d_out: jax.Array):
+        d_out = materialise(d_out)
+        d_streams = pre[..., None] * d_out[..., None, :].astype(jnp.float32)
+        d_pre = jnp.einsum("...d,...id->...i", d_out, streams, preferred_element_type=jnp.float32)
+        return d_streams.astype(streams.dtype), d_pre
+
+    return by_platform(*saved, d_out, xla=xla, tpu=tpu.read_gradients if tpu.supports(saved[0]) else None)
 
 
 read.defvjp(_read_fwd, _read_bwd)
@@ -49,8 +58,12 @@ def write(streams: jax.Array, y: jax.Array, post: jax.Array, comb: jax.Array) ->
     Returns:
         [.., n, D] in the streams' dtype, computed in float32.
     """
-    new = post[..., None] * y[..., None, :].astype(jnp.float32) + _mix(streams, comb)
-    return materialise(new.astype(streams.dtype))
+
+    def xla(streams: jax.Array, y: jax.Array, post: jax.Array, comb: jax.Array) -> jax.Array:
+        new = post[..., None] * y[..., None, :].astype(jnp.float32) + _mix(streams, comb)
+        return materialise(new.astype(streams.dtype))
+
+    return by_platform(streams, y, post, comb, xla=xla, tpu=tpu.write if tpu.supports(streams) else None)
 
 
 def _write_fwd(streams: jax.Array, y: jax.Array, post: jax.Array, comb: jax.Array):
@@ -58,13 +71,15 @@ def _write_fwd(streams: jax.Array, y: jax.Array, post: jax.Array, comb: jax.Arra
 
 
 def _write_bwd(saved, d_new: jax.Array):
-    streams, y, post, comb = saved
-    d_new = materialise(d_new)
-    d_streams = _mix(d_new, jnp.swapaxes(comb, -1, -2))
-    d_y = _over_streams(d_new, post[..., None])
-    d_post = jnp.einsum("...d,...jd->...j", y, d_new, preferred_element_type=jnp.float32)
-    d_comb = jnp.einsum("...id,...jd->...ij", streams, d_new, preferred_element_type=jnp.float32)
-    return d_streams.astype(streams.dtype), d_y.astype(y.dtype), d_post, d_comb
+    def xla(streams: jax.Array, y: jax.Array, post: jax.Array, comb: jax.Array, d_new: jax.Array):
+        d_new = materialise(d_new)
+        d_streams = _mix(d_new, jnp.swapaxes(comb, -1, -2))
+        d_y = _over_streams(d_new, post[..., None])
+        d_post = jnp.einsum("...d,...jd->...j", y, d_new, preferred_element_type=jnp.float32)
+        d_comb = jnp.einsum("...id,...jd->...ij", streams, d_new, preferred_element_type=jnp.float32)
+        return d_streams.astype(streams.dtype), d_y.astype(y.dtype), d_post, d_comb
+
+    return by_platform(*saved, d_new, xla=xla, tpu=tpu.write_gradients if tpu.supports(saved[0]) else None)
 
 
 write.defvjp(_write_fwd, _write_bwd)
@@ -82,8 +97,8 @@ def _mix(streams: jax.Array, comb: jax.Array) -> jax.Array:
     return sum(terms[1:], terms[0])
 
 
-@jax.custom_vjp
-def project(streams: jax.Array, fn: jax.Array, eps: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(streams: jax.Array, fn: jax.Array, eps: float) -> jax.Array:
     """`rms_norm(flatten(streams)) @ fn` without a norm weight, float32: [.., n, D], [nD, O] -> [.., O].
 
     The norm is applied behind the narrow product, so the normalised streams are never written out.
@@ -91,25 +106,33 @@ def project(streams: jax.Array, fn: jax.Array, eps: jax.Array) -> jax.Array:
     return _project_fwd(streams, fn, eps)[0]
 
 
-def _project_fwd(streams: jax.Array, fn: jax.Array, eps: jax.Array):
-    flat = streams.reshape(*streams.shape[:-2], -1).astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
-    mix = jnp.dot(flat, fn, precision=jax.lax.Precision.HIGHEST) * inverse_rms
+def _project_fwd(streams: jax.Array, fn: jax.Array, eps: float):
+    def xla(streams: jax.Array, fn: jax.Array) -> tuple[jax.Array, jax.Array]:
+        flat = streams.reshape(*streams.shape[:-2], -1).astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(flat), axis=-1, keepdims=True) + eps)
+        return jnp.dot(flat, fn, precision=jax.lax.Precision.HIGHEST) * inverse_rms, inverse_rms
+
+    kernel = partial(tpu.project, eps=eps) if tpu.supports(streams) else None
+    mix, inverse_rms = by_platform(streams, fn, xla=xla, tpu=kernel)
     return mix, (streams, fn, inverse_rms, mix)
 
 
-def _project_bwd(saved, d_mix: jax.Array):
+def _project_bwd(eps: float, saved, d_mix: jax.Array):
+    del eps
     streams, fn, inverse_rms, mix = saved
-    highest = jax.lax.Precision.HIGHEST
-    flat = streams.reshape(*streams.shape[:-2], -1).astype(jnp.float32)
     d_scaled = d_mix * inverse_rms
     # d mix / d rms reaches flat along flat itself.
-    along = (d_mix * mix).sum(-1, keepdims=True) * jnp.square(inverse_rms) / flat.shape[-1]
-    d_flat = jnp.dot(d_scaled, fn.T, precision=highest) - along * flat
-    narrow = d_scaled.reshape(-1, fn.shape[1]).T @ flat.reshape(-1, fn.shape[0])
-    # Materialised, so that XLA does not turn the product around: its CPU backend is ten times slower on long rows.
-    d_fn = materialise(narrow).T
-    return d_flat.reshape(streams.shape).astype(streams.dtype), d_fn, None
+    along = (d_mix * mix).sum(-1, keepdims=True) * jnp.square(inverse_rms) / fn.shape[0]
+
+    def xla(streams: jax.Array, fn: jax.Array, d_scaled: jax.Array, along: jax.Array):
+        flat = streams.reshape(*streams.shape[:-2], -1).astype(jnp.float32)
+        d_flat = jnp.dot(d_scaled, fn.T, precision=jax.lax.Precision.HIGHEST) - along * flat
+        narrow = d_scaled.reshape(-1, fn.shape[1]).T @ flat.reshape(-1, fn.shape[0])
+        # Materialised, so that XLA does not turn the product around: its CPU backend is ten times slower on long rows.
+        return d_flat.reshape(streams.shape).astype(streams.dtype), materialise(narrow).T
+
+    kernel = tpu.project_gradients if tpu.supports(streams) else None
+    return by_platform(streams, fn, d_scaled, along, xla=xla, tpu=kernel)
 
 
 project.defvjp(_project_fwd, _project_bwd)

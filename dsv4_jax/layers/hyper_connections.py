@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
-from dsv4_jax.kernels.streams import project, read, sinkhorn
+from dsv4_jax.kernels.streams import project, read, sinkhorn, write
 from dsv4_jax.layers.parameters import normal, parameter
+from dsv4_jax.partition import ALONE, Partition
 
 
 class Maps(NamedTuple):
@@ -27,7 +28,7 @@ class Maps(NamedTuple):
 
 
 class HyperConnection(nnx.Module):
-    """One mHC site: `maps` from the streams, then `read` before a sublayer and `write` after it."""
+    """One mHC site: maps from the streams, then `enter` before a sublayer and `leave` after it."""
 
     def __init__(self, config: DeepseekV4Config, rngs: nnx.Rngs):
         """Parameters fn [nD, (2+n)n], base [(2+n)n], scale [3]; they start near an ordinary residual connection."""
@@ -41,10 +42,10 @@ class HyperConnection(nnx.Module):
         self.base = parameter(base, ("hc",), "adamw", "hc")
         self.scale = parameter(jnp.full(3, 0.01), ("hc",), "adamw", "hc")
 
-    def __call__(self, streams: jax.Array) -> Maps:
+    def __call__(self, streams: jax.Array, partition: Partition = ALONE) -> Maps:
         """The maps for streams [B, S, n, D]."""
         n = self.n
-        mix = project(streams, self.fn[...], self.norm_eps)
+        mix = partition.token_values(lambda fn, x: project(x, fn, self.norm_eps), self.fn[...], streams)
         pre, post, comb = jnp.split(mix, [n, 2 * n], axis=-1)
         base_pre, base_post, base_comb = jnp.split(self.base[...], [n, 2 * n])
         scale = self.scale[...]
@@ -52,6 +53,16 @@ class HyperConnection(nnx.Module):
         post = 2 * jax.nn.sigmoid(post * scale[1] + base_post)
         comb = (comb * scale[2] + base_comb).reshape(*comb.shape[:-1], n, n)
         return Maps(pre, post, sinkhorn(comb, self.iters, self.hc_eps))
+
+
+def enter(streams: jax.Array, pre: jax.Array, partition: Partition = ALONE) -> jax.Array:
+    """What a sublayer reads, [B, S, D]."""
+    return partition.token_values(lambda _, *tokens: read(*tokens), None, streams, pre)
+
+
+def leave(streams: jax.Array, y: jax.Array, maps: Maps, partition: Partition = ALONE) -> jax.Array:
+    """The streams behind a sublayer with the result y [B, S, D]."""
+    return partition.token_values(lambda _, *tokens: write(*tokens), None, streams, y, maps.post, maps.comb)
 
 
 class HyperHead(nnx.Module):
@@ -65,10 +76,10 @@ class HyperHead(nnx.Module):
         self.base = parameter(jnp.full(n, _logit(1 / n)), ("hc",), "adamw", "hc")
         self.scale = parameter(jnp.full(1, 0.01), ("hc",), "adamw", "hc")
 
-    def __call__(self, streams: jax.Array) -> jax.Array:
+    def __call__(self, streams: jax.Array, partition: Partition = ALONE) -> jax.Array:
         """[B, S, n, D] -> [B, S, D]."""
-        mix = project(streams, self.fn[...], self.norm_eps)
-        return read(streams, jax.nn.sigmoid(mix * self.scale[...] + self.base[...]) + self.hc_eps)
+        mix = partition.token_values(lambda fn, x: project(x, fn, self.norm_eps), self.fn[...], streams)
+        return enter(streams, jax.nn.sigmoid(mix * self.scale[...] + self.base[...]) + self.hc_eps, partition)
 
 
 def stochastic_errors(comb: jax.Array) -> tuple[jax.Array, jax.Array]:

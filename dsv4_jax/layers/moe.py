@@ -83,12 +83,14 @@ class Experts(nnx.Module):
         hidden = swiglu(dense(x, self.w1[...]), dense(x, self.w3[...]), self.config.swiglu_limit)
         return dense(policy("shared_input", hidden), self.w2[...])
 
-    def routed(self, x: jax.Array, routing: Routing, partition: Partition, policy: Policy) -> jax.Array:
-        """The weighted sum of each token's experts: [B, S, D] -> [B, S, D]; no token is dropped."""
+    def routed(
+        self, x: jax.Array, routing: Routing, partition: Partition, policy: Policy, beside: jax.Array | None = None
+    ) -> jax.Array:
+        """The weighted sum of each token's experts, plus `beside`: [B, S, D] -> [B, S, D]; no token is dropped."""
         # A policy of its own: whatever else the given one does at its hooks cannot be done behind a partition.
         apply = partial(apply_experts, self.config.swiglu_limit, policy=Policy(policy.rounding))
         x = policy("expert_input", x)  # before tokens travel to their experts
-        return partition.experts(apply, self.matrices(), x, routing.expert_ids, routing.weights)
+        return partition.experts(apply, self.matrices(), x, routing.expert_ids, routing.weights, beside)
 
     def matrices(self) -> Matrices:
         """The weights of all experts."""
@@ -192,9 +194,8 @@ class MoE(nnx.Module):
             each = (x, tokens) if given is None else (x, tokens, given)
             routing = partition.token_values(route, nnx.to_pure_dict(gate), *each)
         with jax.named_scope("experts"):
-            out = self.experts.routed(x, routing, partition, policy)
-            if hasattr(self, "shared_experts"):
-                out = out + self.shared_experts.shared(x, policy)
+            shared = self.shared_experts.shared(x, policy) if hasattr(self, "shared_experts") else None
+            out = self.experts.routed(x, routing, partition, policy, shared)
         return out, balance_record(routing, counted) | {"routing": routing}
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from dsv4_jax import weights
 from dsv4_jax.presets import preset
 from sharding.mesh import AXES, parse_mesh
+from sharding.rules import find_strategy
 from tests.benchmarks.common import best_of, machine, markdown
 from train.flops import training_flops_per_token
 from train.newton_schulz import COEFFICIENTS
@@ -73,7 +74,7 @@ def computed(name: str, devices: int, text: str, tokens: int) -> list[str]:
     shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(weights.facts(config)), strict=True)
     arrays, facts = zip(*((x, fact) for x, fact in pairs if fact.optimizer == "muon"), strict=True)
-    shares = SpreadMuon(mesh).share(arrays, facts)
+    shares = SpreadMuon(mesh, find_strategy("expert-fsdp")).share(arrays, facts)
     cost = {shape: len(COEFFICIENTS) * (4 * r * r * c + 2 * r**3) for shape in shares for r, c in [shape]}
     total = sum(count * cost[shape] for shape, (count, _) in shares.items())
     largest = sum(own * cost[shape] for shape, (_, own) in shares.items())

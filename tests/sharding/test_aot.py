@@ -5,10 +5,14 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import on_devices
+from flax import nnx
 from gathered import assert_nothing_large, gathered
+from jax.sharding import NamedSharding, PartitionSpec
 from support import TINY
 
 from dsv4_jax.analysis.hardware import hardware
@@ -19,6 +23,8 @@ from dsv4_jax.cli.compile import default_meshes
 from dsv4_jax.cli.compile_report import as_json
 from dsv4_jax.config import CSA
 from dsv4_jax.errors import UserError
+from dsv4_jax.kernels.platforms import compiling_for
+from dsv4_jax.layers.moe import MoE
 from dsv4_jax.presets import preset
 from sharding import targets
 from sharding.aot import Memory, Program, _refused, _size, advise, compile_for
@@ -246,6 +252,39 @@ def test_decoding_a_few_sequences_sums_over_the_owners_of_experts(target):
     (found,) = on_devices(1, compiled, ("decode", "expert-tensor", {"expert": 4}, target))
     assert found["fits"] and {one["kind"] for one in found["sent"]} <= {"all-reduce", "all-gather"}
     assert "h200" in target or (found["memory"]["program"] > 0 and found["compiler_flops"] > 0)
+
+
+def moe_program(target: str) -> str:
+    """The compiled text of a block's experts, tokens spread over four devices."""
+    machine = parse_target(target)
+    config = TINY.replace(hidden_size=1024, moe_intermediate_size=512, n_routed_experts=16, num_experts_per_tok=4)
+    mesh = make_mesh({"expert": 4}, machine.devices())
+    partition = MeshPartition(mesh, find_strategy("expert-fsdp"))
+    graph, state = nnx.split(nnx.eval_shape(lambda: MoE(config, "moe", nnx.Rngs(0))))
+
+    def array(shape: tuple[int, ...], dtype: Any, spread: bool) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec("expert" if spread else None))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        whole = jax.tree_util.keystr(path)
+        return array(leaf.shape, jnp.bfloat16 if leaf.ndim > 1 else leaf.dtype, "['experts']" in whole)
+
+    state = jax.tree_util.tree_map_with_path(placed, nnx.to_pure_dict(state))
+    given = [array((8, 512, *more), kind, True) for more, kind in (((1024,), jnp.bfloat16), ((), "int32"), ((), bool))]
+    run = lambda state, *given: nnx.merge(graph, state)(*given, partition=partition)[0]  # noqa: E731
+    with compiling_for("tpu" if machine.is_tpu else "cuda"):
+        lowered = jax.jit(run).lower(state, *given)
+    return lowered.compile(compiler_options=machine.compiler_options or None).as_text()
+
+
+@pytest.mark.aot
+def test_the_shared_expert_multiplies_while_results_travel_back():
+    """On GPUs. A TPU's ragged exchange is one instruction, with nothing beside it."""
+    text = on_devices(1, moe_program, "h200:1x4")
+    start = text.rindex("ragged-all-to-all-start(")  # of the round that always runs, on its way back
+    meanwhile = text[start : text.index("ragged-all-to-all-done(", start)]
+    assert len(re.findall(r"gemm_fusion_dot[.\d]* = |__cublas", meanwhile)) >= 2, meanwhile[:2000]
 
 
 @pytest.mark.slow

@@ -56,11 +56,11 @@ def errors(mesh_text, row_axes, headroom, shape, k, experts, kind, width=8, inne
     rows = PartitionSpec(row_axes, seq)
 
     def alone(matrices, x, weights):
-        out = apply(matrices, x.reshape(-1, width), ids.reshape(-1, k), weights.reshape(-1, k)).reshape(x.shape)
+        out = apply(matrices, x.reshape(-1, width), ids.reshape(-1, k), weights.reshape(-1, k)).reshape(x.shape) + x**2
         return (out * probe).sum(), out
 
     def spread(matrices, x, weights):
-        out = dispatch_experts(mesh, rows, apply, matrices, x, ids, weights, headroom)
+        out = dispatch_experts(mesh, rows, apply, matrices, x, ids, weights, x**2, headroom)
         return (out * probe).sum(), out
 
     run = lambda f: jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))  # noqa: E731

@@ -27,7 +27,7 @@ def compare(mesh_text):
     wanted, _ = jax.jit(alone.update)(gradients, alone.init(params), params)
     mesh = make_mesh(parse_mesh(mesh_text, 8))
     placed = parameter_shardings(facts, params, find_strategy("expert-fsdp").state, mesh)
-    spread = make_optimizer(facts, 0.1, orthogonalize=SpreadMuon(mesh))
+    spread = make_optimizer(facts, 0.1, orthogonalize=SpreadMuon(mesh, find_strategy("expert-fsdp")))
     params, gradients = jax.device_put((params, gradients), (placed, placed))
     state = jax.jit(spread.init)(params)
     update = jax.jit(spread.update, out_shardings=(placed, None)).lower(gradients, state, params).compile()
@@ -43,7 +43,7 @@ def compare(mesh_text):
     ]
     pairs = [(x, f) for x, f in zip(jax.tree.leaves(params), jax.tree.leaves(facts), strict=True)]
     muon = [(x, f) for x, f in pairs if f.optimizer == "muon"]
-    shares = SpreadMuon(mesh).share([x for x, _ in muon], [f for _, f in muon])
+    shares = SpreadMuon(mesh, find_strategy("expert-fsdp")).share([x for x, _ in muon], [f for _, f in muon])
     return max(jax.tree.leaves(differences)), len(inside), len(bodies), shares
 
 

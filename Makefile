@@ -45,7 +45,7 @@ types: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 slow: $(READY)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -m 'slow and not aot'
+	$(BIN)/python -m pytest -q -m 'slow and not aot'
 
 $(VENV)/.reference: $(READY)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
@@ -53,7 +53,7 @@ $(VENV)/.reference: $(READY)
 	@touch $@
 
 reference: $(VENV)/.reference
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q -m reference
+	$(BIN)/python -m pytest -q -m reference
 
 $(AOT_READY): pyproject.toml
 	@[ "$$(uname -sm)" = "Linux x86_64" ] || \
@@ -63,7 +63,7 @@ $(AOT_READY): pyproject.toml
 	@touch $@
 
 aot: $(AOT_READY)
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(AOT_BIN)/python -m pytest -n 2 -q -m 'aot and not slow'
+	$(AOT_BIN)/python -m pytest -n 2 -q -m 'aot and not slow'
 
 benchmark: $(VENV)/.reference
 	$(BIN)/python -m tests.benchmarks.train_cpu

@@ -10,17 +10,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4-jax" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Half of a program's compilation is LLVM's work on its speed. Modules marked `optimized` have it done, as users do.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_LIGHTLY = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"].lower() in ("1", "true")
+# JAX_DISABLE_MOST_OPTIMIZATIONS=1 skips LLVM's work on a program's speed, half of its compilation, except in modules
+# marked `optimized`, which test what it makes.
+_LIGHTLY = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "0").lower() in ("1", "true")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_for_its_tests(request):
-    """The module's choice of optimisation; its programs are forgotten behind it, or a worker would grow to 6 GB."""
+    """The module's choice of optimisation, where a choice is asked for; its programs are forgotten behind it."""
+    if not _LIGHTLY:
+        yield
+        return
     import jax
 
-    lightly = _LIGHTLY and request.node.get_closest_marker("optimized") is None
+    lightly = request.node.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", lightly)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(lightly))  # of subprocesses
     yield

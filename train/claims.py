@@ -80,7 +80,7 @@ def measure_claims(
     names = [name for name in PAIRS if name in known]
     tuned = {(name, seed): _tuned(recipe, root, name, seed) for name in TUNED for seed in _seeds(recipe, seeds)}
     for one in tuned.values():
-        dataclasses.replace(one, start_from=None).check()
+        one.check()
     ablate(recipe, root, names=names, seeds=seeds, say=say)
     compiled: dict[Any, Any] = {}
     for (name, seed), one in tuned.items():

@@ -10,14 +10,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4-jax" / "tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# JAX_DISABLE_MOST_OPTIMIZATIONS=1 skips LLVM's work on a program's speed, half of its compilation, except in modules
-# marked `optimized`, which test what it makes.
-_LIGHTLY = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "0").lower() in ("1", "true")
+# LLVM's work on a program's speed is half of its compilation; it is skipped except in modules marked `optimized`, which
+# test what it makes. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles everything as users do.
+_LIGHTLY = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1").lower() in ("1", "true")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_for_its_tests(request):
-    """The module's choice of optimisation, where a choice is asked for; its programs are forgotten behind it."""
+    """The module's choice of optimisation; its programs are forgotten behind it."""
     if not _LIGHTLY:
         yield
         return

@@ -21,6 +21,8 @@ CSA_BLOCK = preset("nano").replace(
     num_hidden_layers=1, num_nextn_predict_layers=0, compress_ratios=(4,), layer_types=(CSA,), num_hash_layers=0
 )
 
+pytestmark = pytest.mark.optimized
+
 
 def abstract_params(config):
     return jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
@@ -131,7 +133,6 @@ import jax, jax.numpy as jnp
 from test_memory import CSA_BLOCK, compiled_training
 from dsv4_jax import weights
 
-pytestmark = pytest.mark.optimized
 length = int(sys.argv[1])
 params = jax.jit(lambda key: weights.init(CSA_BLOCK, key))(jax.random.key(0))
 tokens = jax.random.randint(jax.random.key(1), (1, length), 0, CSA_BLOCK.vocab_size)

@@ -28,6 +28,8 @@ DOCUMENT = random_tokens(1, seed=1, length=41)[0]  # three blocks and five token
 CAPACITY = 72
 BLOCKS = 16  # of most pools, so that they share programs
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def params():
@@ -428,7 +430,6 @@ import sys, json, numpy as np
 from support import TINY, random_params
 from test_sharing import DOCUMENT, BlockPool, PrefixStore, prefill
 
-pytestmark = pytest.mark.optimized
 params = random_params(TINY)
 store = PrefixStore(sys.argv[1], params, "full", limit=200_000)
 hits = []

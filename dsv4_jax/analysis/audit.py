@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.analysis.trace import LayerTrace, Trace, trace
+from dsv4_jax.analysis.trace import Trace, trace
+from dsv4_jax.analysis.trace_records import LayerTrace
 from dsv4_jax.config import CSA, SLIDING
 from dsv4_jax.model import output_logits
 from dsv4_jax.partition import ALONE, Partition

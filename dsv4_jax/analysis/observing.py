@@ -52,7 +52,7 @@ class Tracer(Observer):
         return {"trace": found}
 
     def block(self, seen: Passed) -> Seen:
-        """See `trace.LayerTrace`."""
+        """See `trace_records.LayerTrace`."""
         routing, attended = seen.routing, dict(seen.attended["trace"])
         rounding = attended.pop("rounding", {})
         if self.measured:

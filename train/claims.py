@@ -35,8 +35,8 @@ from train.recipe_json import read_json
 PAIRS = ("full", "one-stream", "no-bias", "temperature")
 STATEMENTS, WAYS, ROWS = 24, 4, 32
 TUNED = {
-    "lora-held": Lora(4, 8.0, ("attn", "shared", "experts", "router"), "held"),
-    "lora-adapted": Lora(4, 8.0, ("attn", "shared", "experts", "router"), "adapted"),
+    "lora-held": Lora(1, 2.0, ("attn", "shared", "experts", "router"), "held"),
+    "lora-adapted": Lora(1, 2.0, ("attn", "shared", "experts", "router"), "adapted"),
 }
 TUNED_ABOUT = {"lora-held": "full, tuned, generators held", "lora-adapted": "full, tuned, generators adapted"}
 COLUMNS = {  # name: heading, format

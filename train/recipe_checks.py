@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
+from dsv4_jax.lora import Lora
 from dsv4_jax.quantization.policy import precision_policy
+from train import adapted
 from train.data.tasks import TaskError
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def number_problems(recipe: Recipe) -> list[str]:
     if distance < window and recipe.data.task is None:
         problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
     if recipe.lora is not None:
-        problems += recipe.lora.problems()
+        problems += recipe.lora.problems() or _adapter_problems(recipe.lora, recipe.model.config)
         problems += [] if recipe.start_from else ["lora adapts the weights of a run or checkpoint: name it with --from"]
     if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
         problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
@@ -75,3 +77,12 @@ def number_problems(recipe: Recipe) -> list[str]:
     except UserError as error:
         problems.append(f"precision.policy: {error}")
     return problems + recipe.stability.problems()
+
+
+def _adapter_problems(lora: Lora, config: DeepseekV4Config) -> list[str]:
+    """Matrices that are not there, or too small for the rank."""
+    try:
+        adapted.shapes(lora, config)
+    except UserError as error:
+        return [str(error)]
+    return []

@@ -33,7 +33,8 @@ def draw_task(summary: dict[str, Any], window: int, path: Any) -> None:
 def _bars(axis: Any, values: dict[int, float], chance: float, form: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    drawn = axis.bar([form.format(name) for name in values], list(values.values()), color=GREEN, width=0.6)
+    drawn = axis.bar(range(len(values)), list(values.values()), color=GREEN, width=0.6)
+    axis.set_xticks(range(len(values)), [form.format(name) for name in values])
     axis.bar_label(drawn, fmt=lambda value: f"{value:.0%}", fontsize=8.5)
     axis.axhline(chance, color=RED, linestyle="--", linewidth=1.2, label=f"chance  {chance:.0%}")
     axis.set(ylabel="accuracy", ylim=(0, 1.1))

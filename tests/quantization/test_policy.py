@@ -17,7 +17,7 @@ from dsv4_jax import model, weights
 from dsv4_jax.checkpoint import load_checkpoint, save
 from dsv4_jax.checkpoint.names import tensors_of_scheme
 from dsv4_jax.checkpoint.storage import quantisation_of
-from dsv4_jax.config import SLIDING
+from dsv4_jax.config import CSA, HCA, SLIDING
 from dsv4_jax.errors import UserError
 from dsv4_jax.layers.kv_cache import init_cache
 from dsv4_jax.presets import preset
@@ -40,7 +40,7 @@ def a_batch(rows=2, length=24):
 
 
 def gradient_text(plan):
-    run = jax.jit(partial(batch_gradients, plan, OBJECTIVES["sparse"], 2))
+    run = jax.jit(partial(batch_gradients, plan, OBJECTIVES["sparse"], 1))
     return run.lower(jax.eval_shape(lambda: plan.init(0).params), a_batch(), jnp.float32(0.3)).as_text()
 
 
@@ -129,7 +129,9 @@ def test_weights_already_rounded_stay_and_lie_stacked_or_apart():
 @pytest.mark.parametrize("expert_dtype", ["fp4", None])
 def test_an_export_loses_nothing_of_what_training_computed_with(expert_dtype, tmp_path):
     """Nano's output groups are narrower than a tile, so tiles of the stored matrix hold parts of two."""
-    nano, released = preset("nano"), preset("v4-flash")
+    kinds, ratios = (SLIDING, CSA, HCA, SLIDING), (0, 4, 32, 0)  # one block of each kind, and the MTP module's
+    nano = preset("nano").replace(num_hidden_layers=3, layer_types=kinds, compress_ratios=ratios, vocab_size=512)
+    released = preset("v4-flash")
     config = nano.replace(quantization_config=released.quantization_config, expert_dtype=expert_dtype)
     policy = precision_policy("v4" if expert_dtype else "fp8", nano)
     params = random_params(nano)

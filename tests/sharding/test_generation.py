@@ -90,8 +90,8 @@ def check(pairs):
 
 
 def test_eight_devices_generate_what_one_does():
-    """The strategies that spread experts, each with another case."""
-    check(list(zip(MESHES[2:5], ["deployed", "crowded", "drafts"], strict=True)))
+    """Two strategies that spread experts, each with another case."""
+    check(list(zip(MESHES[2:4], ["deployed", "drafts"], strict=True)))
 
 
 @pytest.mark.slow

@@ -91,6 +91,8 @@ def test_a_checkpoint_of_adapters_loads_merged(tmp_path):
 def test_a_recipe_says_what_it_lacks():
     with pytest.raises(RecipeError, match="lora adapts the weights of a run or checkpoint: name it with --from"):
         find_recipe("nano", ['lora={"rank": 4}']).check()
+    with pytest.raises(RecipeError, match="lora.rank 999 is no low rank for "):
+        find_recipe("nano", ['lora={"rank": 999}']).check()
     assert "at equal streams the maps are those of pretraining" in adapted.describe(LORA, TINY)
     moving = dataclasses.replace(LORA, streams="adapted")
     assert "they move" in adapted.describe(moving, TINY)

@@ -51,6 +51,7 @@ def test_each_pair_differs_from_the_recipe_in_the_mechanism_that_is_claimed():
 def test_the_tuned_models_differ_in_the_generators_alone(tmp_path):
     recipe = find_recipe("recall", ["seed=4"])
     held, adapted = (_tuned(recipe, tmp_path, name, 5) for name in TUNED)
+    held.check(), adapted.check()  # before any model is trained
     assert held.start_from == adapted.start_from == str(tmp_path / "full" / "seed-5") and held.seed == 5
     assert isinstance(held.lora, Lora) and held.lora.streams == "held" and adapted.lora.streams == "adapted"
     assert held.lora.targets == adapted.lora.targets and held.stages == adapted.stages

@@ -14,7 +14,7 @@ help:
 	@echo "make train      train the nano model on real text (about 10 minutes on 2 cores)"
 	@echo "make test       the tests"
 	@echo "make lint       ruff and pyright"
-	@echo "make slow       the slow tests"
+	@echo "make slow       the slow tests, and those of inference on programs compiled as users compile them"
 	@echo "make reference  the comparison with PyTorch implementations (installs torch and transformers)"
 	@echo "make aot        what compiles for TPUs and GPUs that are not here (installs their compilers; Linux on x86-64)"
 	@echo "make benchmark  training and inference speed against transformers (installs them too)"
@@ -46,6 +46,7 @@ types: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m 'slow and not aot'
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q tests/inference
 
 $(VENV)/.reference: $(READY)
 	$(BIN)/python -m pip install --quiet torch==2.13.0

@@ -16,8 +16,6 @@ from dsv4_jax.config import CSA, HCA
 from dsv4_jax.layers import kv_cache
 from dsv4_jax.presets import preset
 
-pytestmark = pytest.mark.optimized
-
 CLOSE = 2e-5  # absolute; the logits of these models reach 10
 # V4's ratios and blocks of 128 tokens, in tiny widths; the window is neither longer nor shorter than every chunk.
 REAL = TINY.replace(

@@ -28,8 +28,6 @@ DOCUMENT = random_tokens(1, seed=1, length=41)[0]  # three blocks and five token
 CAPACITY = 72
 BLOCKS = 16  # of most pools, so that they share programs
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture(scope="module")
 def params():

@@ -41,7 +41,7 @@ TUNED = {
 TUNED_ABOUT = {"lora-held": "full, tuned, generators held", "lora-adapted": "full, tuned, generators adapted"}
 COLUMNS = {  # name: heading, format
     "far": ("far recall", ".1%"),
-    "ratio": ("wording / meaning", ".3f"),
+    "ratio": ("wording / meaning", ".0e"),
     "used": ("experts in use", ".1%"),
     "busiest": ("busiest expert", ".2f"),
     "reach": ("HCA, half within", ".0f"),

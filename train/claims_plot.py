@@ -10,8 +10,9 @@ import numpy as np
 
 from train.plot_panels import BLUE, GREEN, INK, ORANGE, PURPLE
 
+ORDERS = ("ratio",)  # models differ in it by orders of magnitude: a logarithmic axis, and a median in place of a bar
 PANELS = (
-    ("ratio", "How much wording changes the answer", "0: only the meaning counts", ORANGE),
+    ("ratio", "Wording / meaning", "small: only the meaning counts", ORANGE),
     ("used", "Experts in use", "share, by the load's entropy", BLUE),
     ("busiest", "Load of the busiest expert", "1: a fair share", PURPLE),
     ("reach", "How far back HCA looks", "half of its mass within .. tokens", GREEN),
@@ -26,10 +27,12 @@ def draw_claims(found: Mapping[str, Sequence[Mapping[str, float]]], about: Mappi
     for axis, (key, title, unit, colour) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
         for row, runs in enumerate(found.values()):
             values = [run[key] for run in runs if key in run]
-            if values:
+            if values and key in ORDERS:
+                axis.plot(np.median(values), row, "|", color=colour, markersize=20, markeredgewidth=5)
+            elif values:
                 axis.barh(row, np.mean(values), color=colour, alpha=0.55, height=0.62)
-                axis.plot(values, [row] * len(values), "o", color=INK, markersize=3.5)
-        axis.set_xlim(left=0)
+            axis.plot(values, [row] * len(values), "o", color=INK, markersize=3.5)
+        axis.set(xscale="log") if key in ORDERS else axis.set_xlim(left=0)
         axis.set_title(title, loc="left", fontweight="bold", fontsize=10.5)
         axis.set_xlabel(unit, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)

@@ -73,8 +73,8 @@ def test_the_table_and_the_picture_leave_out_what_is_not_there(tmp_path):
     found = {"full": [run | {"reach": 40.0}, run | {"ratio": 0.3, "reach": 60.0}], "no-hca": [run]}
     about = {"full": "the recipe", "no-hca": "HCA layers slide"}
     lines = table(found, about).splitlines()
-    assert "| 0.200 (0.100 to 0.300) " in lines[2] and "| 50 (40 to 60) " in lines[2]
-    assert "| 0.100 " in lines[3] and "| - " in lines[3]
+    assert "| 2e-01 (1e-01 to 3e-01) " in lines[2] and "| 50 (40 to 60) " in lines[2]
+    assert "| 1e-01 " in lines[3] and "| - " in lines[3]
     assert draw_claims(found, about, tmp_path / "c.png").stat().st_size > 5_000
 
 

@@ -183,7 +183,7 @@ def forward(
     batch = _describe(config, tokens, segment_ids, cache, counts)._replace(expert_ids=expert_ids)
     ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
 
-    x = partition.token_values(look_up, ends.embed[...], tokens).astype(dtype or ends.embed.dtype)
+    x = partition.look_up(ends.embed[...], tokens).astype(dtype or ends.embed.dtype)
     streams = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], config.hc_mult, x.shape[-1]))  # [B, S, n, D]
     streams = partition.constrain(streams, STREAMS)
     layers: list[Record] = []
@@ -242,16 +242,11 @@ def forward_mtp(
     ends = nnx.merge(_graph(config, None), {k: v for k, v in params.items() if k != "segments"})
     state = jax.tree.map(lambda x: x[0], cache.states["mtp"])
     memory = cache.layer(config.mtp_layers[0], state, cache.pools["mtp"], jnp.int32(0))
-    embedded = partition.token_values(look_up, ends.embed[...], next_tokens).astype(streams.dtype)
+    embedded = partition.look_up(ends.embed[...], next_tokens).astype(streams.dtype)
     hidden, _, memory = ends.mtp["0"](streams, embedded, batch, options, memory)
     state, pools = split_layer(memory)
     state = jax.tree.map(lambda x: x[None], trimmed(config, config.mtp_layers[0], state, batch, options))
     return hidden, replace(cache, states=cache.states | {"mtp": state}, pools=cache.pools | {"mtp": pools})
-
-
-def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of the embedding: [V, D], [N] -> [N, D]."""
-    return table[tokens]
 
 
 def output_matrix(params: Params) -> jax.Array:

@@ -62,6 +62,10 @@ class Partition:
         """`layer(x, layout, options, past)`, wherever the tokens of x [B, S, D] lie."""
         return layer(x, layout, options, past)
 
+    def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Rows of the embedding, [V, D], [B, S] -> [B, S, D]."""
+        return self.token_values(lambda table, tokens: table[tokens], table, tokens)
+
     def token_sums(self, apply: Callable[..., jax.Array], whole: jax.Array, *tokens: jax.Array) -> jax.Array:
         """A sum over tokens that walks over them in chunks.
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv4_jax.kernels.platforms import partitioned_by_the_compiler
@@ -69,6 +70,25 @@ class MeshPartition(Partition):
             with partitioned_by_the_compiler():
                 return super().attention(layer, x, layout, options, past)
         return row_caches.attention(self.mesh, PartitionSpec(*self._rows(x)[:1]), layer, x, layout, options, past)
+
+    def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
+        """See `Partition.look_up`: where the vocabulary is spread, every device adds the rows that it has."""
+        lies = spec(self.strategy.parameters, ("vocab", "embed"), self.mesh, table.shape)
+        vocab = used_axes(PartitionSpec(*lies[:1]))
+        if not vocab:
+            return super().look_up(table, tokens)
+
+        def own_rows(part: jax.Array, tokens: jax.Array) -> jax.Array:
+            place = tokens - jax.lax.axis_index(vocab) * part.shape[0]
+            held = (place >= 0) & (place < part.shape[0])
+            found = jnp.where(held[..., None], part[jnp.where(held, place, 0)], 0)
+            return jax.lax.psum(found, vocab)  # of one row and zeros: exact in any dtype
+
+        rows = self._rows(tokens)
+        mapped = jax.shard_map(
+            own_rows, mesh=self.mesh, in_specs=(PartitionSpec(vocab), rows), out_specs=rows, check_vma=False
+        )
+        return mapped(table, tokens)
 
     def token_sums(self, apply: Callable[..., jax.Array], whole: jax.Array, *tokens: jax.Array) -> jax.Array:
         """See `Partition.token_sums`: every device walks over its own tokens, and the sums are added up."""

@@ -32,9 +32,10 @@ class Gate(nnx.Module):
         """Parameter weight [D, E]; buffer bias [E] (learned routing but for "greedy") or tid2eid [V, k] (hash)."""
         c = self.config = config
         shape = (c.hidden_size, c.n_routed_experts)
-        self.weight = parameter(normal(rngs, shape, c), ("embed", "experts"), "muon", "router")
+        # Every token needs the scores of all experts: axes of names of their own, so that no rule spreads them.
+        self.weight = parameter(normal(rngs, shape, c), ("embed", "scores"), "muon", "router")
         if routing == "hash_moe":
-            self.tid2eid = buffer(hash_table(rngs.params(), c), ("vocab", "experts_per_tok"), "router")
+            self.tid2eid = buffer(hash_table(rngs.params(), c), ("token_ids", "experts_per_tok"), "router")
         elif c.topk_method == "noaux_tc":
             self.bias = buffer(jnp.zeros(c.n_routed_experts), ("experts",), "router")
 

@@ -32,7 +32,7 @@ class Gate(nnx.Module):
         """Parameter weight [D, E]; buffer bias [E] (learned routing but for "greedy") or tid2eid [V, k] (hash)."""
         c = self.config = config
         shape = (c.hidden_size, c.n_routed_experts)
-        # Every token needs the scores of all experts: axes of names of their own, so that no rule spreads them.
+        # Every token needs the scores of all experts: "scores" and "token_ids" are axes that no rule spreads.
         self.weight = parameter(normal(rngs, shape, c), ("embed", "scores"), "muon", "router")
         if routing == "hash_moe":
             self.tid2eid = buffer(hash_table(rngs.params(), c), ("token_ids", "experts_per_tok"), "router")

@@ -6,22 +6,30 @@ import ml_dtypes
 import numpy as np
 
 THREADS = 128
+BINARY = {
+    "and.b32": np.bitwise_and, "xor.b32": np.bitwise_xor, "shr.u32": np.right_shift, "shl.b32": np.left_shift,
+    "max.s32": np.maximum, "add.s32": np.add, "mul.f32": np.multiply, "setp.ge.s32": np.greater_equal,
+    "setp.lt.s32": np.less, "div.u32": np.floor_divide, "rem.u32": np.remainder,
+}  # fmt: skip
 
 
 class Machine:
     """Registers of 128 threads, `shared` memory, and `memory` of 2^20-aligned global arrays.
+
+    Operands are the place of the tile, the first array, the thread, the other arrays, and numbers.
 
     Attributes:
         shared: bytes.
         written: how often each byte of shared memory was written.
     """
 
-    def __init__(self, arrays, shared_bytes):
+    def __init__(self, arrays, shared_bytes, *numbers):
         self.arrays = [np.ascontiguousarray(x).view(np.uint8).reshape(-1) for x in arrays]
         self.shared, self.written = np.zeros(shared_bytes, np.uint8), np.zeros(shared_bytes, int)
         addresses = [np.full(THREADS, (i + 1) << 20, np.int64) for i in range(len(arrays))]
         index, *stored = addresses
         self.operands = [np.zeros(THREADS, np.int64), index, np.arange(THREADS) + 2 * THREADS, *stored]
+        self.operands += [np.full(THREADS, number, np.int64) for number in numbers]
         self.registers = {}
 
     def run(self, text):
@@ -37,12 +45,8 @@ class Machine:
         match name:
             case "cvta.to.global.u64":
                 self.registers[to] = self.value(rest[0])
-            case "and.b32" | "xor.b32" | "shr.u32" | "shl.b32" | "max.s32" | "mul.f32" | "setp.ge.s32":
-                operation = {
-                    "and": np.bitwise_and, "xor": np.bitwise_xor, "shr": np.right_shift, "shl": np.left_shift,
-                    "max": np.maximum, "mul": np.multiply, "setp": np.greater_equal,
-                }[name.partition(".")[0]]  # fmt: skip
-                self.registers[to] = operation(*map(self.value, rest))
+            case _ if name in BINARY:
+                self.registers[to] = BINARY[name](*map(self.value, rest))
             case "mad.lo.u32" | "mad.wide.u32":
                 a, b, c = map(self.value, rest)
                 self.registers[to] = a * b + c

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hopper import CALL, arrays, bf16, close, compile_for, int32, unswizzled
 from ptx import Machine
 
 from dsv4_jax.kernels import platforms
@@ -15,16 +16,6 @@ from dsv4_jax.kernels.sparse_attention import gpu, gpu_backward, gpu_fetch, page
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 
 SCALE = 0.1
-CALL = 'custom_call_target="mosaic_gpu_v2"'
-# Relative to the largest value: weights and outputs are rounded to the 8 bits of BF16, in another order.
-TOLERANCE = 1e-2
-
-
-def close(name, found, wanted, tolerance=TOLERANCE):
-    found, wanted = np.asarray(found, np.float32), np.asarray(wanted, np.float32)
-    finite = np.isfinite(wanted)
-    np.testing.assert_array_equal(np.isfinite(found), finite, err_msg=name)
-    assert np.abs(found[finite] - wanted[finite]).max() <= tolerance * np.abs(wanted[finite]).max(), name
 
 
 def operands(rng, batch, length, width, entries, count, heads=64):
@@ -91,15 +82,6 @@ def test_entries_of_a_cache_as_they_are_stored(storage, interpreter):
         close(name, a, b)
 
 
-def unswizzled(shared, width):
-    """A tile's bytes as [64, K] BF16: the 128-byte swizzle xors bits 4 to 6 of an address with bits 7 to 9."""
-    address = np.arange(shared.size)
-    plain = np.empty_like(shared)
-    plain[address ^ (address >> 7 & 7) << 4] = shared
-    blocks = plain.view(ml_dtypes.bfloat16).reshape(2, 8, width // 128, 8, 64)  # half, rows / 8, columns / 64, 8, 64
-    return blocks.transpose(1, 3, 0, 2, 4).reshape(64, width)
-
-
 @pytest.mark.parametrize("width", [128, 512])
 def test_each_thread_copies_its_bytes_of_the_chosen_entries(width):
     rng = np.random.default_rng(width)
@@ -159,9 +141,9 @@ def test_the_kernels_compile_for_hopper(chip, length, heads):
     lse = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
     shapes = bf16(1, length, heads, 512), bf16(1, 4096, 512), int32(1, length, 1024), lse
     *given, lse = arrays(chip, *shapes)
-    assert compiled(chip, lambda *x: gpu.forward(*x, SCALE), *given).count(CALL) == 1
-    text = compiled(chip, lambda *x: gpu.backward(*x, SCALE), *given, given[0], lse, given[0], lse)
-    assert text.count(CALL) == 3
+    assert compile_for(chip, lambda *x: gpu.forward(*x, SCALE), *given).as_text().count(CALL) == 1
+    program = compile_for(chip, lambda *x: gpu.backward(*x, SCALE), *given, given[0], lse, given[0], lse)
+    assert program.as_text().count(CALL) == 3
 
 
 @pytest.mark.aot
@@ -173,28 +155,3 @@ def test_entries_of_a_cache_are_read_where_they_lie(storage):
     q, pages, indices = arrays("h200", bf16(8, 1, 128, 512), pages, int32(8, 1, 1024))
     memory = compile_for("h200", lambda *x: gpu.forward_pages(*x, SCALE), q, pages, indices).memory_analysis()
     assert 8 * memory.temp_size_in_bytes < memory.argument_size_in_bytes
-
-
-def bf16(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-
-
-def int32(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def arrays(chip, *trees):
-    from sharding.targets import parse_target
-
-    here = jax.sharding.SingleDeviceSharding(parse_target(f"{chip}:1x1").devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), trees)
-
-
-def compile_for(chip, function, *shapes):
-    from sharding.targets import parse_target
-
-    return jax.jit(function).lower(*shapes).compile(parse_target(f"{chip}:1x1").compiler_options)
-
-
-def compiled(chip, function, *shapes):
-    return compile_for(chip, function, *shapes).as_text()

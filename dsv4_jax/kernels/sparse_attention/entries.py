@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.platforms import by_platform, compiled_for, kernels_allowed
-from dsv4_jax.kernels.sparse_attention import bands, gpu, tpu, tpu_range, xla
+from dsv4_jax.kernels.sparse_attention import bands, gpu, gpu_range, tpu, tpu_range, xla
 from dsv4_jax.kernels.sparse_attention.bands import Band
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
@@ -37,10 +37,11 @@ def window_attention(
 ) -> Branch:
     """Each query of q [B, S, H, K] attends the last `window` tokens of its own document; see `xla.window_attention`.
 
-    To the kernel of a TPU a window is a range of entries.
+    To the kernels a window is a range of entries.
     """
     plain = lambda q, kv: xla.window_attention(q, kv, segment_ids, window, scale, positions)  # noqa: E731
-    if not (compiled_for() == "tpu" and kernels_allowed() and tpu_range.supports(q, kv)):
+    backend = {"tpu": tpu_range, "cuda": gpu_range}.get(compiled_for())
+    if backend is None or not kernels_allowed() or not backend.supports(q, kv):
         return plain(q, kv)
 
     def kernel(q: jax.Array, kv: jax.Array) -> Branch:
@@ -48,7 +49,7 @@ def window_attention(
         return _attend(q, kv, bounds, scale, window_band(window), True)
 
     # Recomputed when differentiated: otherwise each backend would keep zeros in place of what the other one keeps.
-    return jax.checkpoint(lambda q, kv: by_platform(q, kv, xla=plain, tpu=kernel))(q, kv)
+    return jax.checkpoint(lambda q, kv: by_platform(q, kv, xla=plain, tpu=kernel, gpu=kernel))(q, kv)
 
 
 def window_band(window: int) -> Band:
@@ -103,7 +104,7 @@ def _kernels(
     name: str, q: jax.Array, entries: jax.Array, scale: float, band: Band | None, allowed: bool
 ) -> dict[str, Callable[..., Any]]:
     """The kernels that take these operands, by platform; `name` is "forward" or "backward"."""
-    backends = {"tpu": tpu, "gpu": gpu} if band is None else {"tpu": tpu_range}
+    backends = {"tpu": tpu, "gpu": gpu} if band is None else {"tpu": tpu_range, "gpu": gpu_range}
     options = {"scale": scale} if band is None else {"scale": scale, "band": band}
     taking = {platform: x for platform, x in backends.items() if allowed and x.supports(q, entries)}
     return {platform: partial(getattr(backend, name), **options) for platform, backend in taking.items()}

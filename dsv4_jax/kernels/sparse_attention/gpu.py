@@ -11,7 +11,7 @@ The kernels are imported where they are traced: not every jaxlib has Mosaic GPU.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ from dsv4_jax.kernels.chunks import join, split
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.platforms import is_hopper
 from dsv4_jax.kernels.sparse_attention.xla import Branch
-from dsv4_jax.quantization.storage import Fp8WithRope, Plain, Storage
+from dsv4_jax.quantization.storage import Fp8WithRope, Plain
+
+if TYPE_CHECKING:
+    from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen, Run
 
 ROWS = 64  # of a product: heads, or entries of a tile
 ROTARY = 64  # dims in BF16 beside FP8
@@ -72,6 +75,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of q and entries, in their dtypes, from what `forward` was given and returned."""
     from dsv4_jax.kernels.sparse_attention.gpu_backward import d_queries, d_rows, sum_by_row
+    from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen
 
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
@@ -82,7 +86,7 @@ def backward(
     def one(d_entries: jax.Array, args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, d_out, lse, delta, index = (x.reshape(-1, *x.shape[2:]) for x in args)
         tiles, used = in_tiles(index, 1)
-        d_q = d_queries(q, d_out, lse, delta, rows, tiles, used, scale, interpret)
+        d_q = d_queries(q, d_out, lse, delta, rows, Chosen(tiles, used), scale, interpret)
         gradients = d_rows(q, d_out, lse, delta, rows, tiles, scale, interpret).reshape(-1, width)
         return sum_by_row(gradients, tiles.reshape(-1), d_entries, interpret), d_q.reshape(args[0].shape)
 
@@ -102,25 +106,35 @@ def supports_pages(q: jax.Array, pages: Pages) -> bool:
 
 def forward_pages(q: jax.Array, pages: Pages, indices: jax.Array, scale: float, interpret: Any = False) -> Branch:
     """As `forward`, of a cache's entries read as they are stored and decoded in registers."""
-    stored = tuple(x.reshape(-1, x.shape[-1]) for x in (pages.store[name] for name in _arrays(pages.storage)))
-    return _attend_stored(q, stored, pages.places(indices), scale, interpret)
+    return _attend_stored(q, stored_in(pages), pages.places(indices), scale, interpret)
 
 
-def _arrays(storage: Storage) -> tuple[str, ...]:
-    return ("values",) if isinstance(storage, Plain) else ("values", "scales", "rope")
+def stored_in(pages: Pages) -> tuple[jax.Array, ...]:
+    """The arrays of a cache as rows; see `gpu_fetch.fetch`."""
+    names = ("values",) if isinstance(pages.storage, Plain) else ("values", "scales", "rope")
+    return tuple(pages.store[name].reshape(-1, pages.store[name].shape[-1]) for name in names)
 
 
 def _attend_stored(
     q: jax.Array, stored: tuple[jax.Array, ...], index: jax.Array, scale: float, interpret: Any
 ) -> Branch:
     """Query t of q [B, S, H, K] attends the entries `index[t]` of all that are stored, negative is unused."""
+    from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen
+
+    parts = parts_of(q.size // (ROWS * q.shape[-1]), -(-index.shape[-1] // ROWS))
+    choice = Chosen(*in_tiles(index.reshape(-1, index.shape[-1]), parts))
+    return attend_parts(q, stored, choice, parts, scale, interpret)
+
+
+def attend_parts(
+    q: jax.Array, stored: tuple[jax.Array, ...], choice: Chosen | Run, parts: int, scale: float, interpret: Any
+) -> Branch:
+    """Each query of q [B, S, H, K] attends the entries of its `parts` units; output and log-sum-exp as of `forward`."""
     from dsv4_jax.kernels.sparse_attention.gpu_forward import attend
 
-    batch, length, heads, width = q.shape
-    parts = parts_of(batch * length * heads // ROWS, -(-index.shape[-1] // ROWS))
-    tiles, used = in_tiles(index.reshape(batch * length, -1), parts)
+    heads, width = q.shape[2:]
     dtype = q.dtype if parts == 1 else jnp.float32
-    out, lse = attend(q.reshape(-1, heads, width), stored, tiles, used, scale, dtype, interpret)
+    out, lse = attend(q.reshape(-1, heads, width), stored, choice, scale, dtype, interpret)
     if parts > 1:
         out, lse = merge_parts(out.reshape(-1, parts, heads, width), lse.reshape(-1, parts, heads))
     return out.astype(q.dtype).reshape(q.shape), lse.reshape(q.shape[:-1])

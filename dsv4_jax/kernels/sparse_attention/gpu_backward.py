@@ -6,7 +6,6 @@ kernel walks over the entries of a query, another over the heads of an entry, an
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dsv4_jax.kernels.sparse_attention.gpu_choice import NEVER, Chosen, Run
 from dsv4_jax.kernels.sparse_attention.gpu_fetch import ENTRIES, TILED, fetch
 from dsv4_jax.kernels.sparse_attention.gpu_tiles import (
     OVER_COLUMNS,
@@ -23,16 +23,16 @@ from dsv4_jax.kernels.sparse_attention.gpu_tiles import (
     ROWS,
     TILED_FLOATS,
     add_product,
+    exp,
     full,
     load,
-    meet,
     over_columns,
     over_rows,
     product,
+    summed,
     transposed,
 )
 
-NEVER = -1e30  # added to a score that no query sees
 FETCHER = 2  # the warpgroup beside the two that compute, each half the columns
 
 
@@ -42,8 +42,7 @@ def d_queries(
     lse: jax.Array,
     delta: jax.Array,
     rows: jax.Array,
-    index: jax.Array,
-    tiles: jax.Array,
+    choice: Chosen | Run,
     scale: float,
     interpret: Any,
 ) -> jax.Array:
@@ -55,8 +54,7 @@ def d_queries(
         lse: [N, H] float32, finite.
         delta: inner products of outputs and their cotangents, minus those of the log-sum-exp [N, H] float32.
         rows: entries [R, K] BF16.
-        index: rows of each query in tiles [N, tiles, 64] int32; negative is unused.
-        tiles: how many tiles of each query to look at [N] int32.
+        choice: rows of each query.
         scale: factor of the scores.
         interpret: see `gpu.forward`.
 
@@ -65,15 +63,16 @@ def d_queries(
     """
     count, heads, width = q.shape
     groups, half = heads // ROWS, width // 2
+    leaves, tree = jax.tree.flatten(choice)
     d_q = plgpu.kernel(
-        partial(_d_queries, groups=groups, scale=scale, interpret=interpret),
+        partial(_d_queries, tree=tree, groups=groups, scale=scale, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((count, groups, ROWS, 2, half), q.dtype),
         grid=(count * groups,),
         grid_names=("program",),
         interpret=interpret or None,
-        kernel_name="gather_attention_d_queries",
+        kernel_name=f"{choice.name}_d_queries",
         **_threads_and_memory(half),
-    )(*_by_head(q, d_out, lse, delta), rows, index, tiles)
+    )(*by_head(q, d_out, lse, delta), rows, *leaves)
     return d_q.reshape(q.shape)
 
 
@@ -87,7 +86,10 @@ def d_rows(
     scale: float,
     interpret: Any,
 ) -> jax.Array:
-    """Gradients of each query's entries [N, tiles * 64, K] float32, zero where unused; arguments as in `d_queries`."""
+    """Gradients of each query's entries [N, tiles * 64, K] float32, zero where unused.
+
+    Arguments are as in `d_queries`; `index` are rows in tiles [N, tiles, 64] int32, negative is unused.
+    """
     count, heads, width = q.shape
     groups, half, tiles = heads // ROWS, width // 2, index.shape[1]
     d_entries = plgpu.kernel(
@@ -98,11 +100,12 @@ def d_rows(
         interpret=interpret or None,
         kernel_name="gather_attention_d_entries",
         **_threads_and_memory(half),
-    )(*_by_head(q, d_out, lse, delta), rows, index)
+    )(*by_head(q, d_out, lse, delta), rows, index)
     return d_entries.reshape(count, -1, width)
 
 
-def _by_head(q, d_out, lse, delta):
+def by_head(q: jax.Array, d_out: jax.Array, lse: jax.Array, delta: jax.Array) -> tuple[jax.Array, ...]:
+    """[N, H, K] twice as [N, H / 64, 64, 2, K / 2], [N, H] twice as [N, H / 64, 64]."""
     count, heads, width = q.shape
     rows = [x.reshape(count, heads // ROWS, ROWS, 2, width // 2) for x in (q, d_out)]
     return *rows, *(x.reshape(count, heads // ROWS, ROWS) for x in (lse, delta))
@@ -127,27 +130,26 @@ def _threads_and_memory(half: int) -> dict[str, Any]:
     }
 
 
-def _d_queries(
-    q_ref, d_out_ref, lse_ref, delta_ref, rows_ref, index_ref, tiles_ref, d_q_ref,
-    q, d_out, entries, shares, here, arrived, used, shared, *, groups, scale, interpret,
-):  # fmt: skip
+def _d_queries(q_ref, d_out_ref, lse_ref, delta_ref, rows_ref, *refs, tree, groups, scale, interpret):
     """64 heads of one query, over its tiles."""
+    choice = tree.unflatten(refs[: tree.num_leaves])
+    d_q_ref, q, d_out, entries, shares, here, arrived, used, shared = refs[tree.num_leaves :]
     program, me = lax.axis_index("program"), lax.axis_index("warpgroup")
     query, group = lax.div(program, groups), lax.rem(program, groups)
-    count = tiles_ref[query]
+    mine = choice.of(query)
 
     @pl.when(me == FETCHER)
     def _():
         plgpu.set_max_registers(40, action="decrease")
 
         def step(i, _):
-            fetch((rows_ref,), index_ref.at[query, i], entries, interpret)
+            mine.fetch((rows_ref,), i, entries, interpret)
             plgpu.commit_smem()
             plgpu.barrier_arrive(arrived)
             plgpu.barrier_wait(used)
             return _
 
-        lax.fori_loop(0, count, step, None)
+        lax.fori_loop(0, mine.tiles, step, None)
 
     @pl.when(me < FETCHER)
     def _():
@@ -159,18 +161,18 @@ def _d_queries(
         def step(i, d_q):
             plgpu.barrier_wait(arrived)
             keys = entries.at[me]
-            scores = _summed(product(q.at[me], transposed(keys, interpret), interpret), shares, shared, me, interpret)
-            d_weights = _summed(
+            scores = summed(product(q.at[me], transposed(keys, interpret), interpret), shares, shared, me, interpret)
+            d_weights = summed(
                 product(d_out.at[me], transposed(keys, interpret), interpret), shares, shared, me, interpret
             )
-            unused = jnp.where(load(index_ref.at[query, i], OVER_ROWS, interpret) < 0, NEVER, 0.0)
-            weights = _exp(scores * scale + over_rows(unused, scores) - over_columns(lse, scores))
+            unseen = mine.unseen(i, OVER_ROWS, interpret)
+            weights = exp(scores * scale + over_rows(unseen, scores) - over_columns(lse, scores))
             d_scores = weights * (d_weights - over_columns(delta, weights)) * scale
             d_q = add_product(d_q, d_scores.astype(q.dtype), keys, interpret)
             plgpu.barrier_arrive(used)
             return d_q
 
-        d_q = lax.fori_loop(0, count, step, full((ROWS, q.shape[-1]), 0.0, plgpu.Layout.WGMMA, interpret))
+        d_q = lax.fori_loop(0, mine.tiles, step, full((ROWS, q.shape[-1]), 0.0, plgpu.Layout.WGMMA, interpret))
         q[me] = d_q.astype(q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q.at[me], d_q_ref.at[query, group, :, me])
@@ -203,11 +205,11 @@ def _d_rows(
             _fetch_heads(q_ref, d_out_ref, query, group, q, d_out, here, me)
             lse = load(lse_ref.at[query, group], OVER_ROWS, interpret)
             delta = load(delta_ref.at[query, group], OVER_ROWS, interpret)
-            scores = _summed(product(keys, transposed(q.at[me], interpret), interpret), shares, shared, me, interpret)
-            d_weights = _summed(
+            scores = summed(product(keys, transposed(q.at[me], interpret), interpret), shares, shared, me, interpret)
+            d_weights = summed(
                 product(keys, transposed(d_out.at[me], interpret), interpret), shares, shared, me, interpret
             )
-            weights = _exp(scores * scale + over_columns(unused, scores) - over_rows(lse, scores))
+            weights = exp(scores * scale + over_columns(unused, scores) - over_rows(lse, scores))
             d_scores = weights * (d_weights - over_rows(delta, weights)) * scale
             d_keys = add_product(d_keys, d_scores.astype(q.dtype), q.at[me], interpret)
             return add_product(d_keys, weights.astype(q.dtype), d_out.at[me], interpret)
@@ -221,19 +223,6 @@ def _fetch_heads(q_ref, d_out_ref, query, group, q, d_out, here, me):
     plgpu.copy_gmem_to_smem(q_ref.at[query, group, :, me], q.at[me], here.at[me])
     plgpu.copy_gmem_to_smem(d_out_ref.at[query, group, :, me], d_out.at[me], here.at[me])
     plgpu.barrier_wait(here.at[me])
-
-
-def _summed(share, shares, shared, me, interpret):
-    """The sum of both warpgroups' shares; returns when both have read them."""
-    shares[me] = share
-    meet(shared.at[0])
-    total = share + load(shares.at[1 - me], plgpu.Layout.WGMMA, interpret)
-    meet(shared.at[1])
-    return total
-
-
-def _exp(x):
-    return jnp.exp2(x * math.log2(math.e))
 
 
 def sum_by_row(gradients: jax.Array, index: jax.Array, total: jax.Array, interpret: Any) -> jax.Array:

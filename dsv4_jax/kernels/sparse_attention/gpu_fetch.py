@@ -1,11 +1,12 @@
-"""Fetching chosen entries into shared memory on a GPU: the PTX of one thread, and what it means.
+"""Fetching entries, chosen ones or a run, into shared memory on a GPU: the PTX of one thread, and what it means.
 
 A tile is 64 entries in shared memory, [2, 64, K / 2]: the columns of an entry in two halves, one for each warpgroup
 that computes. It lies in blocks of 8 rows x 128 bytes, along the columns of a half first, then down its rows. Within a
 block, the 16 bytes at place p of row r are at place p ^ (r % 8): products of warpgroups read such blocks.
 
-For Hopper Pallas has no asynchronous copy of chosen rows into such blocks, so the copies are written in PTX. Eight
-threads take the 128 bytes of a block's row, 16 bytes each, and a warpgroup 16 rows at a time.
+For Hopper Pallas has no asynchronous copy of chosen rows into such blocks, and its copies of many rows begin at a
+multiple of 8, so the copies are written in PTX. Eight threads take the 128 bytes of a block's row, 16 bytes each, and a
+warpgroup 16 rows at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ENTRIES = 64  # of a tile
 COLUMNS = 64  # of BF16 numbers in the 128 bytes of a block's row
 BLOCK = 1024  # bytes
 TILED = plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128)
-REGISTERS = """.reg .b32 thread, row, place, to, more, chosen, bytes, scale, halves, word<2>, out<4>;
+REGISTERS = """.reg .b32 thread, row, place, to, more, after, chosen, bytes, scale, halves, word<2>, out<4>;
 .reg .b16 pair<2>, half<2>;
 .reg .f32 factor, first, second;
 .reg .b64 values, scales, rope, index, from;
@@ -45,12 +46,48 @@ def fetch(stored: tuple[Any, ...], index: Any, tile: Any, interpret: Any) -> Non
         interpret: do what the PTX does in plain arrays; Pallas' interpreter runs none.
     """
     if interpret:
-        entries = _decoded([ref[...] for ref in stored])
-        chosen = jnp.where((index[...] >= 0)[:, None], entries[jnp.maximum(index[...], 0)], jnp.zeros((), jnp.bfloat16))
-        tile[...] = jnp.moveaxis(chosen.reshape(ENTRIES, 2, -1), 1, 0)
+        _copy_rows(stored, index[...], tile)
         return
     types = *(plgpu.RefType() for _ in stored), plgpu.RefType(), plgpu.RefType(TILED)
-    plgpu.inline_mgpu(arg_types=types)(_assemble)(*stored, index, tile)
+
+    plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: _assemble(refs))(*stored, index, tile)
+
+
+def fetch_run(
+    stored: tuple[Any, ...], first: Any, end: Any, blocks: Any, per_block: int, tile: Any, interpret: Any
+) -> None:
+    """As `fetch`, of the entries `first + i` for i < 64; zeros from `end` on.
+
+    Args:
+        stored: as in `fetch`.
+        first: entry, int32 [].
+        end: int32 [].
+        blocks: entry n is row `blocks[n // per_block] + n % per_block` of what is stored; int32 in global memory.
+        per_block: entries of a block.
+        tile: as in `fetch`.
+        interpret: as in `fetch`.
+    """
+    if interpret:
+        entry = first + jnp.arange(ENTRIES, dtype=jnp.int32)
+        seen = entry < end
+        entry = jnp.where(seen, entry, 0)
+        _copy_rows(stored, jnp.where(seen, blocks[...][entry // per_block] + entry % per_block, -1), tile)
+        return
+    number = plgpu.Layout.WG_SPLAT(())
+    types = *(plgpu.RefType() for _ in stored), plgpu.RefType(), plgpu.RefType(TILED), number, number
+
+    @plgpu.inline_mgpu(arg_types=types)
+    def copy(_: Any, *args: Any) -> None:
+        *refs, first, end = args
+        _assemble(refs, per_block, [x.registers.item() for x in (first, end)])
+
+    copy(*stored, blocks, tile, first, end)
+
+
+def _copy_rows(stored: tuple[Any, ...], index: jax.Array, tile: Any) -> None:
+    entries = _decoded([ref[...] for ref in stored])
+    chosen = jnp.where((index >= 0)[:, None], entries[jnp.maximum(index, 0)], jnp.zeros((), jnp.bfloat16))
+    tile[...] = jnp.moveaxis(chosen.reshape(ENTRIES, 2, -1), 1, 0)
 
 
 def _decoded(arrays: list[jax.Array]) -> jax.Array:
@@ -61,35 +98,39 @@ def _decoded(arrays: list[jax.Array]) -> jax.Array:
     return storage.decode({"values": values, "scales": scales, "rope": rope}, jnp.bfloat16)
 
 
-def _assemble(_: Any, *refs: Any) -> None:
+def _assemble(refs: Any, per_block: int | None = None, run: Any = ()) -> None:
     *stored, index, tile = refs
     widths = [ir.MemRefType(ref.type).shape[1] for ref in stored]
-    text = plain_ptx(*widths) if len(stored) == 1 else fp8_ptx(widths[0])
-    operands = [*map(mosaic.memref_ptr, (tile, index)), mosaic.thread_idx(), *map(mosaic.memref_ptr, stored)]
-    constraints = ",".join(["r", "l", "r", *("l" for _ in stored), "~{memory}"])
+    text = plain_ptx(widths[0], per_block) if len(stored) == 1 else fp8_ptx(widths[0], per_block)
+    operands = [*map(mosaic.memref_ptr, (tile, index)), mosaic.thread_idx(), *map(mosaic.memref_ptr, stored), *run]
+    constraints = ",".join(["r", "l", "r", *("l" for _ in stored), *("r" for _ in run), "~{memory}"])
     llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
 
 
-def plain_ptx(width: int) -> str:
-    """PTX of one thread, for BF16 entries of `width` numbers: $0 tile, $1 index, $2 thread, $3 entries."""
+def plain_ptx(width: int, per_block: int | None = None) -> str:
+    """PTX of one thread, for BF16 entries of `width` numbers: $0 tile, $1 index, $2 thread, $3 entries.
+
+    With `per_block` entries are a run: $1 the blocks' first rows, $4 the first entry, $5 the end.
+    """
     lines = width // COLUMNS
     addresses = ["cvta.to.global.u64 values, $3;", "mad.wide.u32 values, place, 16, values;"]
     copies = [
         part
         for first in range(0, ENTRIES, 16)
         for part in (
-            *_choose(first),
+            *_choose(first, per_block, "$5"),
             f"mad.wide.u32 from, chosen, {2 * width}, values;",
             *(_copy(first, line, lines, 128 * line) for line in range(lines)),
         )
     ]
-    return _thread(addresses, lines, copies)
+    return _thread(_index(per_block, "$4") + addresses, lines, copies)
 
 
-def fp8_ptx(width: int) -> str:
+def fp8_ptx(width: int, per_block: int | None = None) -> str:
     """PTX of one thread, for entries of `width` FP8 numbers and 64 in BF16; $3 FP8 numbers, $4 scales, $5 BF16 numbers.
 
-    An FP8 number times a power of two is a BF16 number, so that nothing is rounded. A scale's byte 0 reads as zero.
+    The rest as in `plain_ptx`, a run's first entry in $6 and its end in $7. An FP8 number times a power of two is a
+    BF16 number, so that nothing is rounded. A scale's byte 0 reads as zero.
     """
     lines, blocks = width // COLUMNS + 1, width // FP8_BLOCK
     addresses = [
@@ -103,13 +144,13 @@ def fp8_ptx(width: int) -> str:
         part
         for first in range(0, ENTRIES, 16)
         for part in (
-            *_choose(first),
+            *_choose(first, per_block, "$7"),
             f"mad.wide.u32 from, chosen, {2 * COLUMNS}, rope;",
             _copy(first, lines - 1, lines, 0),
             *(part for block in range(blocks) for part in _decode(first, block, blocks, lines)),
         )
     ]
-    return _thread(addresses, lines, copies)
+    return _thread(_index(per_block, "$6") + addresses, lines, copies)
 
 
 def _thread(addresses: list[str], lines: int, copies: list[str]) -> str:
@@ -119,7 +160,6 @@ def _thread(addresses: list[str], lines: int, copies: list[str]) -> str:
         "shr.u32 row, thread, 3;",
         "and.b32 place, thread, 7;",
         "cvta.to.global.u64 index, $1;",
-        "mad.wide.u32 index, row, 4, index;",
         *addresses,
         "shr.u32 more, row, 3;",
         f"mad.lo.u32 to, more, {BLOCK * lines // 2}, $0;",
@@ -131,13 +171,31 @@ def _thread(addresses: list[str], lines: int, copies: list[str]) -> str:
     return "\n".join(["{", REGISTERS, *place, *copies, "cp.async.wait_all;", "}"])
 
 
-def _choose(first: int) -> list[str]:
-    """The entry of the thread's row, `first` rows further down; none of its bytes are read where it is negative."""
+def _index(per_block: int | None, first: str) -> list[str]:
+    """`index` at the number of the thread's first entry; or for a run `after`, that number itself."""
+    return ["mad.wide.u32 index, row, 4, index;"] if per_block is None else [f"add.s32 after, row, {first};"]
+
+
+def _choose(first: int, per_block: int | None, end: str) -> list[str]:
+    """The stored entry of the thread's row, `first` rows further down; where it is unseen no byte of it is read."""
+    if per_block is None:
+        return [
+            f"ld.global.b32 chosen, [index + {4 * first}];",
+            "setp.ge.s32 seen, chosen, 0;",
+            "selp.b32 bytes, 16, 0, seen;",
+            "max.s32 chosen, chosen, 0;",
+        ]
     return [
-        f"ld.global.b32 chosen, [index + {4 * first}];",
-        "setp.ge.s32 seen, chosen, 0;",
+        f"add.s32 chosen, after, {first};",
+        f"setp.lt.s32 seen, chosen, {end};",
         "selp.b32 bytes, 16, 0, seen;",
-        "max.s32 chosen, chosen, 0;",
+        "selp.b32 chosen, chosen, 0, seen;",
+        f"div.u32 more, chosen, {per_block};",
+        "mad.wide.u32 from, more, 4, index;",
+        "ld.global.b32 more, [from];",
+        f"rem.u32 chosen, chosen, {per_block};",
+        "add.s32 chosen, chosen, more;",
+        "selp.b32 chosen, chosen, 0, seen;",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The forward kernel of attention over chosen entries on a GPU (see `gpu.py`)."""
+"""The forward kernel of attention over chosen entries or ranges on a GPU (see `gpu.py`, `gpu_range.py`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv4_jax.kernels.sparse_attention.gpu_fetch import TILED, fetch
+from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen, Run
+from dsv4_jax.kernels.sparse_attention.gpu_fetch import TILED
 from dsv4_jax.kernels.sparse_attention.gpu_tiles import (
     OVER_COLUMNS,
     OVER_ROWS,
@@ -30,27 +31,24 @@ from dsv4_jax.kernels.sparse_attention.gpu_tiles import (
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
 SLOTS = 2  # tiles in shared memory: one arrives while the other is used
-NEVER = -1e30  # a score that no query sees
-LEAST = -1e20  # below every score that is seen, so far above NEVER that the weight of that is exactly zero
+LEAST = -1e20  # below every score that is seen, so far above `gpu_choice.NEVER` that the weight of that is exactly zero
 FETCHER = 2  # the warpgroup beside the two that compute
 
 
 def attend(
     q: jax.Array,
     stored: tuple[jax.Array, ...],
-    index: jax.Array,
-    tiles: jax.Array,
+    choice: Chosen | Run,
     scale: float,
     out_dtype: Any,
     interpret: Any,
 ) -> Branch:
-    """Each query attends its chosen entries.
+    """Each query attends its entries.
 
     Args:
         q: [N, H, K] BF16.
         stored: entries, see `gpu_fetch.fetch`.
-        index: those of each query's parts in tiles [N * parts, tiles, 64] int32; negative is unused.
-        tiles: how many tiles of each part to look at, int32 [N * parts]; the others hold nothing used.
+        choice: which of them each of N * parts units attends, the parts of a query side by side.
         scale: factor of the scores.
         out_dtype: BF16, or float32 for parts that are still to be merged.
         interpret: see `gpu.forward`.
@@ -59,9 +57,10 @@ def attend(
         Output [N * parts, H, K] and log-sum-exp [N * parts, H] float32, -inf where nothing is used.
     """
     count, heads, width = q.shape
-    groups, half, units = heads // ROWS, width // 2, index.shape[0]
+    groups, half, units = heads // ROWS, width // 2, choice.units
+    leaves, tree = jax.tree.flatten((choice, stored))
     out, lse = plgpu.kernel(
-        partial(_attend, stored=len(stored), groups=groups, parts=units // count, scale=scale, interpret=interpret),
+        partial(_attend, tree=tree, groups=groups, parts=units // count, scale=scale, interpret=interpret),
         out_type=[
             jax.ShapeDtypeStruct((units, groups, ROWS, 2, half), out_dtype),
             jax.ShapeDtypeStruct((units, groups, ROWS), jnp.float32),
@@ -82,23 +81,24 @@ def attend(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret or None,
-        kernel_name="gather_attention",
-    )(q.reshape(count, groups, ROWS, 2, half), index, tiles, *stored)
+        kernel_name=choice.name,
+    )(q.reshape(count, groups, ROWS, 2, half), *leaves)
     return out.reshape(units, heads, width), lse.reshape(units, heads)
 
 
-def _attend(q_ref, index_ref, tiles_ref, *refs, stored, groups, parts, scale, interpret):
+def _attend(q_ref, *refs, tree, groups, parts, scale, interpret):
     """64 heads of one part of a query.
 
     Two warpgroups compute. Each has half the columns of the queries, of the entries and of the output, whose 64 x K / 2
     float32 numbers are all that its registers can hold. Scores are sums over all columns: each warpgroup computes its
     share, and they add the other's from shared memory. The third warpgroup fetches.
     """
-    entries_refs, refs = refs[:stored], refs[stored:]
-    out_ref, lse_ref, q, entries, shares, lse, q_here, arrived, used, shared = refs
+    choice, stored = tree.unflatten(refs[: tree.num_leaves])
+    out_ref, lse_ref, q, entries, shares, lse, q_here, arrived, used, shared = refs[tree.num_leaves :]
     program, me = lax.axis_index("program"), lax.axis_index("warpgroup")
     unit, group = lax.div(program, groups), lax.rem(program, groups)
-    query, count = lax.div(unit, parts), tiles_ref[unit]
+    query, mine = lax.div(unit, parts), choice.of(unit)
+    count = mine.tiles
 
     @pl.when(me == FETCHER)
     def _():
@@ -107,7 +107,7 @@ def _attend(q_ref, index_ref, tiles_ref, *refs, stored, groups, parts, scale, in
         def step(i, _):
             slot = lax.rem(i, SLOTS)
             pl.when(i >= SLOTS)(lambda: plgpu.barrier_wait(used.at[slot]))
-            fetch(entries_refs, index_ref.at[unit, i], entries.at[slot], interpret)
+            mine.fetch(stored, i, entries.at[slot], interpret)
             plgpu.commit_smem()
             plgpu.barrier_arrive(arrived.at[slot])
             return _
@@ -136,8 +136,8 @@ def _attend(q_ref, index_ref, tiles_ref, *refs, stored, groups, parts, scale, in
             meet(shared.at[0])
             scores = share + load(shares.at[1 - me], plgpu.Layout.WGMMA, interpret)
             plgpu.barrier_arrive(shared.at[1])
-            unused = jnp.where(load(index_ref.at[unit, i], OVER_ROWS, interpret) < 0, NEVER, 0.0)
-            scores = scores * (scale * math.log2(math.e)) + over_rows(unused, scores)
+            unseen = mine.unseen(i, OVER_ROWS, interpret)
+            scores = scores * (scale * math.log2(math.e)) + over_rows(unseen, scores)
             higher = jnp.maximum(top, scores.max(axis=1))
             weights = jnp.exp2(scores - over_columns(higher, scores))
             fade = jnp.exp2(top - higher)

@@ -6,6 +6,7 @@ these steps twice, with `interpret` in plain arrays; the kernels are otherwise t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -53,6 +54,11 @@ def full(shape: tuple[int, ...], value: float, layout: Any, interpret: Any) -> j
     return x if interpret else plgpu.layout_cast(x, layout)
 
 
+def iota(count: int, layout: Any, interpret: Any) -> jax.Array:
+    """0, 1, .. int32, laid out as a row or a column of a product."""
+    return plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=None if interpret else layout)
+
+
 def over_columns(x: jax.Array, like: jax.Array) -> jax.Array:
     """One number per row, for each column of `like`."""
     return jax.lax.broadcast_in_dim(x, like.shape, [0])
@@ -68,6 +74,20 @@ def meet(barrier: Any) -> None:
     plgpu.commit_smem()
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
+
+
+def summed(share: jax.Array, shares: Any, shared: Any, me: Any, interpret: Any) -> jax.Array:
+    """The sum of both computing warpgroups' shares of a product; returns when both have read them."""
+    shares[me] = share
+    meet(shared.at[0])
+    total = share + load(shares.at[1 - me], plgpu.Layout.WGMMA, interpret)
+    meet(shared.at[1])
+    return total
+
+
+def exp(x: jax.Array) -> jax.Array:
+    """As `jnp.exp`, by the instruction for powers of two."""
+    return jnp.exp2(x * math.log2(math.e))
 
 
 def _dot(a: Any, b: Any) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.platforms import by_platform
-from dsv4_jax.kernels.sparse_attention import gpu
+from dsv4_jax.kernels.sparse_attention import gpu, gpu_range
 from dsv4_jax.kernels.sparse_attention.xla import Branch, attend_keys
 
 TILE = 1024  # entries that are decoded and attended together
@@ -22,6 +22,11 @@ TILE = 1024  # entries that are decoded and attended together
 
 def range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends the entries i < hi_t of its sequence; hi [B, S]."""
+    kernel = partial(gpu_range.forward_pages, scale=scale) if gpu_range.supports_pages(q, pages) else None
+    return by_platform(q, pages, hi, xla=partial(_range_attention, scale=scale), gpu=kernel)
+
+
+def _range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) -> Branch:
     batch, length, heads, _ = q.shape
     columns = pages.columns_of(TILE)
 

@@ -20,6 +20,7 @@ from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention.xla import attend_keys
 from dsv4_jax.layers.moe import tile_rows
 from dsv4_jax.quantization.storage import Storage, cache_format
+from tests.benchmarks.draw import Draw
 
 Call = Callable[..., Any]
 EXPERTS = 8  # of one device in an expert-parallel group
@@ -63,32 +64,12 @@ def operations(config: DeepseekV4Config, context: int, queries: int, rows: int, 
     csa, hca = context // 4, context // 128
     yield from _attention("sparse, prefill", "gather", config, csa, queries, draw)
     yield from _attention("all HCA entries, prefill", "range", config, hca, queries, draw)
-    yield _window(config, queries, draw)
+    yield from _window(config, queries, draw)
     yield _index(config, csa, queries, draw)
     yield _paged_attention("sparse, decode", "gather", config, csa, rows, draw)
     yield _paged_attention("all HCA entries, decode", "range", config, hca, rows, draw)
     yield _paged_index(config, csa, rows, draw)
     yield from _experts(config, queries, draw)
-
-
-class Draw:
-    """Seeded operands."""
-
-    def __init__(self, dtype: Any):
-        """Normal values in `dtype`."""
-        self.dtype, self.rng = jnp.dtype(dtype), np.random.default_rng(0)
-
-    def __call__(self, *shape: int, scale: float = 1.0) -> jax.Array:
-        """Normal values."""
-        return jnp.asarray(self.rng.standard_normal(shape, np.float32) * scale, self.dtype)
-
-    def choices(self, rows: int, queries: int, entries: int, k: int) -> jax.Array:
-        """Distinct entries of each query, in no order: [rows, queries, min(k, entries)]."""
-        k = min(k, entries)
-        first = self.rng.integers(0, entries, (rows, queries, 1))
-        odd = entries // 2 * 2 - 1 if entries > 2 else 1
-        stride = next(s for s in range(max(odd * 5 // 8 | 1, 1), 2 * odd + 2, 2) if np.gcd(s, entries) == 1)
-        return jnp.asarray((first + stride * np.arange(k)) % entries, jnp.int32)
 
 
 def _attention(
@@ -118,7 +99,7 @@ def _attention(
 
     weights = draw(*q.shape)
     both = lambda run: jax.grad(lambda q, kv, *rest: (run(q, kv, *rest)[0] * weights).sum(), (0, 1))  # noqa: E731
-    gradient = _exact_gradient(q[:, part], kv, visible, scale, weights[:, part])
+    gradient, _ = _exact_gradients(q[:, part], kv, visible, scale, weights[:, part])
     check = lambda found: _error(found[0][:, part], gradient)  # noqa: E731
     name = name.replace("prefill", "forward and backward")
     tolerance = {"float32": 1e-3, "bfloat16": 6e-2}
@@ -138,18 +119,28 @@ def _dense(q: jax.Array, kv: jax.Array, indices: jax.Array, scale: float) -> tup
     return join(jax.lax.map(one, (split(q, chunk), split(indices, chunk, fill=-1))), q.shape[1])
 
 
-def _window(config: DeepseekV4Config, queries: int, draw: Draw) -> Operation:
+def _window(config: DeepseekV4Config, queries: int, draw: Draw) -> Iterator[Operation]:
     heads, width, window = config.num_attention_heads, config.head_dim, config.sliding_window
     q, kv, scale = draw(1, queries, heads, width), draw(1, queries, width), width**-0.5
     run = lambda q, kv: sparse_attention.window_attention(q, kv, None, window, scale)  # noqa: E731
     part = _some(queries)
     at = np.arange(queries)[part]
     distance = at[:, None] - np.arange(queries)
-    wanted = _exact(q[:, part], kv, ((distance >= 0) & (distance < window))[None], scale)
+    visible = ((distance >= 0) & (distance < window))[None]
+    wanted = _exact(q[:, part], kv, visible, scale)
     seen = np.minimum(np.arange(queries) + 1, window).sum()
-    moved = float(q.dtype.itemsize * (2 * q.size + kv.size))
+    flops, moved = 4.0 * heads * width * seen, float(q.dtype.itemsize * (2 * q.size + kv.size))
     check = lambda found: _error(found[0][:, part], wanted)  # noqa: E731
-    return Operation("window, prefill", (q, kv), run, 4.0 * heads * width * seen, moved, check)
+    yield Operation("window, prefill", (q, kv), run, flops, moved, check)
+
+    weights = draw(*q.shape)
+    gradient = jax.grad(lambda q, kv: (run(q, kv)[0] * weights).sum(), (0, 1))
+    exact = _exact_gradients(q[:, part], kv, visible, scale, weights[:, part])
+    # The last entries are seen by the last queries alone, so that these say their gradient too.
+    check = lambda found: max(_error(found[0][:, part], exact[0]), _error(found[1][:, part], exact[1][:, part]))  # noqa: E731
+    tolerance = {"float32": 1e-3, "bfloat16": 6e-2}
+    name = "window, forward and backward"
+    yield Operation(name, (q, kv), gradient, 3.5 * flops, 3 * moved, check, tolerance=tolerance)
 
 
 def _index(config: DeepseekV4Config, entries: int, queries: int, draw: Draw) -> Operation:
@@ -271,13 +262,16 @@ def _exact(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float) -> np
     return np.einsum("bqhn,bnk->bqhk", _weights(q64, kv64, visible, scale), kv64)
 
 
-def _exact_gradient(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float, d_out: jax.Array) -> np.ndarray:
-    """The queries' gradient in float64."""
+def _exact_gradients(
+    q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float, d_out: jax.Array
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of these queries, and what they add to those of the entries, in float64."""
     q64, kv64, d64 = _wide(q), _wide(kv), _wide(d_out)
     weights = _weights(q64, kv64, visible, scale)
     d_weights = np.einsum("bqhk,bnk->bqhn", d64, kv64)
-    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
-    return np.einsum("bqhn,bnk->bqhk", d_scores, kv64) * scale
+    d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
+    d_kv = np.einsum("bqhn,bqhk->bnk", d_scores, q64) + np.einsum("bqhn,bqhk->bnk", weights, d64)
+    return np.einsum("bqhn,bnk->bqhk", d_scores, kv64), d_kv
 
 
 def _exact_scores(queries: jax.Array, keys: jax.Array, weights: jax.Array) -> np.ndarray:

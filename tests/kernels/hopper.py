@@ -1,5 +1,7 @@
 """What tests of the kernels for Hopper share: comparing, the layout of a tile, compiling for GPUs that are not here."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -46,3 +48,8 @@ def compile_for(chip, function, *shapes):
     from sharding.targets import parse_target
 
     return jax.jit(function).lower(*shapes).compile(parse_target(f"{chip}:1x1").compiler_options)
+
+
+def spilled(printed):
+    """Bytes per thread that ptxas says it stored for want of registers, of every kernel it compiled."""
+    return [int(count) for count in re.findall(r"(\d+) bytes spill stores", printed.out + printed.err)]

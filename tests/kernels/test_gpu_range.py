@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hopper import CALL, arrays, bf16, close, compile_for, int32, unswizzled
+from hopper import CALL, arrays, bf16, close, compile_for, int32, spilled, unswizzled
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ptx import Machine
@@ -233,16 +233,19 @@ def test_windows_and_ranges_take_the_kernels_on_hopper(monkeypatch):
 @pytest.mark.parametrize("chip", ["h100", "h200"])
 @pytest.mark.parametrize(("length", "heads"), [(256, 128), (1, 64)], ids=["prefill", "decode"])
 @pytest.mark.parametrize("band", [window_band(128), DENSE], ids=["window", "dense"])
-def test_the_kernels_compile_for_hopper(chip, length, heads, band):
-    """Beside its results a program holds the parts of outputs, or of the entries' gradient, and little more."""
+def test_the_kernels_compile_for_hopper(chip, length, heads, band, monkeypatch, capfd):
+    """Little is spilled, and beside its results a program holds the parts of outputs or gradients, and little more."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")  # says what is spilled, of kernels not compiled before
     lse = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
     *given, lse = arrays(chip, bf16(1, length, heads, 512), bf16(1, 4096, 512), int32(1, length, 2), lse)
     program = compile_for(chip, lambda *x: gpu_range.forward(*x, SCALE, band), *given)
     assert program.as_text().count(CALL) == 1
     assert program.memory_analysis().temp_size_in_bytes < 16 << 20
+    assert max(spilled(capfd.readouterr()), default=0) <= 64
     program = compile_for(chip, lambda *x: gpu_range.backward(*x, SCALE, band), *given, given[0], lse, given[0], lse)
     assert program.as_text().count(CALL) == 2
     assert program.memory_analysis().temp_size_in_bytes < 48 << 20
+    assert max(spilled(capfd.readouterr()), default=0) <= 512
 
 
 @pytest.mark.aot

@@ -171,7 +171,9 @@ def inference_parameters(setting: Setting) -> Tree:
 
 def abstract_cache(setting: Setting, cache_format: str) -> Cache:
     """An abstract cache: what belongs to a row lies where the row does, and so do the blocks that the rows own."""
-    cache = jax.eval_shape(partial(init_cache, setting.config, setting.batch, setting.length, cache_format))
+    in_words = setting.mesh.devices.flat[0].platform == "tpu"
+    made = partial(init_cache, setting.config, setting.batch, setting.length, cache_format, in_words=in_words)
+    cache = jax.eval_shape(made)
     by_row, second = setting.sharding("batch"), setting.sharding(None, "batch")
     place = lambda tree, sharding: jax.tree.map(  # noqa: E731
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree

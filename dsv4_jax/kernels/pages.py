@@ -9,33 +9,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.kernels.pools import Pool
 from dsv4_jax.quantization.storage import Storage, Stored
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["store", "layer", "tables"],
-    meta_fields=["storage", "per_block", "own_blocks"],
+    meta_fields=["pool", "own_blocks"],
 )
 @dataclass(frozen=True)
 class Pages:
-    """The entries of one layer, spread over blocks: entry i of sequence b is `store[layer, tables[b, i // E], i % E]`.
+    """The entries of one layer, spread over blocks: entry i of sequence b has slot i % E of block `tables[b, i // E]`.
 
     Attributes:
-        store: stored entries of all layers of a stack, each array [layers, blocks, E, ..].
+        store: stored entries of all layers of a stack, arrays [layers, blocks, ..].
         layer: which layer, int32 [].
         tables: block numbers [B, N].
-        storage: their format.
-        per_block: E, entries per block.
+        pool: how blocks keep their entries.
         own_blocks: sequence b has the blocks b * N .. (b + 1) * N, and no other sequence does.
     """
 
     store: Stored
     layer: jax.Array
     tables: jax.Array
-    storage: Storage
-    per_block: int
+    pool: Pool
     own_blocks: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        """The format of an entry."""
+        return self.pool.storage
+
+    @property
+    def per_block(self) -> int:
+        """Entries per block, E."""
+        return self.pool.per_block
 
     @property
     def capacity(self) -> int:
@@ -57,8 +66,7 @@ class Pages:
         """
         start = jnp.minimum(number * columns, self.tables.shape[1] - columns)
         blocks = jax.lax.dynamic_slice_in_dim(self.tables, start, columns, axis=1)
-        found = {name: x[self.layer, blocks] for name, x in self.store.items()}
-        entries = self.storage.decode(found, dtype)
+        entries = self.storage.decode(self.pool.read_blocks(self.store, self.layer, blocks), dtype)
         index = start * self.per_block + jnp.arange(columns * self.per_block, dtype=jnp.int32)
         return index, entries.reshape(entries.shape[0], -1, entries.shape[-1])
 
@@ -67,11 +75,11 @@ class Pages:
         index = jnp.maximum(index, 0)
         flat = index.reshape(index.shape[0], -1)
         blocks = jnp.take_along_axis(self.tables, flat // self.per_block, 1).reshape(index.shape)
-        found = {name: x[self.layer, blocks, index % self.per_block] for name, x in self.store.items()}
+        found = self.pool.read(self.store, self.layer, blocks, index % self.per_block)
         return self.storage.decode(found, dtype)
 
     def places(self, index: jax.Array) -> jax.Array:
-        """Where the entries `index` [B, ..] of each sequence are among all stored ones; -1 for negative indices."""
+        """Where the entries `index` [B, ..] of each sequence are among all of a `ByPart`; -1 for negative indices."""
         known = jnp.maximum(index, 0).reshape(index.shape[0], -1)
         block = jnp.take_along_axis(self.tables, known // self.per_block, 1)
         blocks = next(iter(self.store.values())).shape[1]
@@ -83,6 +91,5 @@ class Pages:
         total = next(iter(self.store.values())).shape[1]
         column = jnp.clip(index // self.per_block, 0, self.tables.shape[1] - 1)
         blocks = jnp.where(index < 0, total, jnp.take_along_axis(self.tables, column, 1))
-        places = self.layer, blocks, index % self.per_block
         encoded = self.storage.encode(entries)
-        return replace(self, store={k: x.at[places].set(encoded[k], mode="drop") for k, x in self.store.items()})
+        return replace(self, store=self.pool.write(self.store, encoded, self.layer, blocks, index % self.per_block))

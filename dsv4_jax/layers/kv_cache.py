@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from dsv4_jax.config import CSA, SLIDING, DeepseekV4Config, LayerSpec
 from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.platforms import compiled_for
+from dsv4_jax.kernels.pools import Pool, pool_of
 from dsv4_jax.layers.layout import Past, tail_row
 from dsv4_jax.quantization.storage import CacheFormat, Storage, Stored, cache_format
 
@@ -66,7 +68,7 @@ class Cache:
         lengths: tokens seen, int32 [B].
         tables: block numbers [B, N].
         states: per-sequence state by stack: windows and tails, arrays [layers, B, ..].
-        pools: shared blocks by stack, arrays [layers, blocks, E, ..].
+        pools: shared blocks by stack, arrays [layers, blocks, ..].
         format: how entries are stored.
         block_tokens: tokens per block, the least common multiple of the compression ratios.
         sealed: tokens [B], whole blocks, whose entries the pool holds already: forwards over them read those and write
@@ -98,9 +100,8 @@ class Cache:
 
     def layer(self, spec: LayerSpec, state: Any, pools: Any, number: jax.Array) -> LayerCache:
         """Layer `number` of its stack as attention sees it, from the layer's state and the stack's pools."""
-        per_block = self.block_tokens // spec.ratio if spec.ratio else 0
         pages = {
-            name: Pages(store, number, self.tables, _storage(self.format, name), per_block, self.own_blocks)
+            name: Pages(store, number, self.tables, _pool(self.format, name, spec, self.block_tokens), self.own_blocks)
             for name, store in pools.items()
         }
         return LayerCache(
@@ -142,7 +143,12 @@ def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def init_cache(
-    config: DeepseekV4Config, batch: int, capacity: int, format: str = "float32", blocks: int | None = None
+    config: DeepseekV4Config,
+    batch: int,
+    capacity: int,
+    format: str = "float32",
+    blocks: int | None = None,
+    in_words: bool | None = None,
 ) -> Cache:
     """An empty cache.
 
@@ -153,8 +159,10 @@ def init_cache(
         format: "float32", "bfloat16", or "deployed" (FP8, BF16 rotary dims, FP4 indexer keys).
         blocks: size of the shared pool. By default each sequence owns the blocks it has room for; with another size the
             caller fills `tables`.
+        in_words: blocks as rows of words, which TPUs want and get by default.
     """
-    form, tokens = cache_format(config, format), block_tokens(config)
+    words = compiled_for() == "tpu" if in_words is None else in_words
+    form, tokens = replace(cache_format(config, format), in_words=words), block_tokens(config)
     columns = -(-capacity // tokens)
     owned = jnp.arange(batch * columns, dtype=jnp.int32).reshape(batch, columns)
     tables = owned if blocks is None else jnp.zeros((batch, columns), jnp.int32)
@@ -203,7 +211,7 @@ def _empty_pools(spec: LayerSpec, layers: int, blocks: int, tokens: int, form: C
     if spec.attention == SLIDING:
         return {}
     names = ("entries", "index_keys") if spec.attention == CSA else ("entries",)
-    return {name: _storage(form, name).zeros((layers, blocks, tokens // spec.ratio)) for name in names}
+    return {name: _pool(form, name, spec, tokens).zeros(layers, blocks) for name in names}
 
 
 def _empty_tail(layers: int, batch: int, spec: LayerSpec, width: int) -> Tail:
@@ -212,5 +220,5 @@ def _empty_tail(layers: int, batch: int, spec: LayerSpec, width: int) -> Tail:
     return Tail(jnp.zeros(shape), jnp.zeros(shape))
 
 
-def _storage(form: CacheFormat, pool: str) -> Storage:
-    return form.index if pool == "index_keys" else form.entry
+def _pool(form: CacheFormat, name: str, spec: LayerSpec, tokens: int) -> Pool:
+    return pool_of(form.index if name == "index_keys" else form.entry, tokens // spec.ratio, form.in_words)

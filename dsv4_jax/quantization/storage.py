@@ -121,11 +121,19 @@ class Fp4:
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """The formats of one cache: `entry` for window and compressed entries, `index` for indexer keys and queries."""
+    """The formats of one cache.
+
+    Attributes:
+        name: as people call it.
+        entry: of window and compressed entries.
+        index: of indexer keys and queries.
+        in_words: blocks are rows of 32-bit words (`kernels.pools.InWords`).
+    """
 
     name: str
     entry: Storage
     index: Storage
+    in_words: bool = False
 
 
 def cache_format(config: DeepseekV4Config, name: str = "float32") -> CacheFormat:

@@ -17,6 +17,7 @@ from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.grouped_matmul import grouped_matmul, make_groups, spread
 from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands
 from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.pools import ByPart
 from dsv4_jax.kernels.sparse_attention.xla import attend_keys
 from dsv4_jax.layers.moe import tile_rows
 from dsv4_jax.quantization.storage import Storage, cache_format
@@ -225,7 +226,7 @@ def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) ->
     stored = storage.encode(values)
     tables = jnp.arange(rows * blocks, dtype=jnp.int32).reshape(rows, blocks)
     store = {name: x[None] for name, x in stored.items()}
-    pages = Pages(store, jnp.int32(0), tables, storage, per_block, own_blocks=True)
+    pages = Pages(store, jnp.int32(0), tables, ByPart(storage, per_block), own_blocks=True)
     kept = storage.decode(stored, jnp.float32).reshape(rows, -1, width)[:, :entries]
     return pages, kept
 

@@ -66,6 +66,20 @@ def real():
     return params, tokens, np.asarray(jax.jit(lambda p, t: model.forward(REAL, p, t).logits)(params, tokens))
 
 
+@pytest.mark.parametrize(("format", "tolerance"), [("float32", CLOSE), ("deployed", 2e-4)])
+def test_blocks_as_rows_of_words_give_the_same_logits(real, format, tolerance):
+    """As on a TPU. They hold the same bits (tests/kernels/test_pools.py); XLA fuses what reads them in another way."""
+    params, tokens, _ = real
+    logits = []
+    for in_words in (False, True):
+        cache = kv_cache.init_cache(REAL, 1, 384, format, in_words=in_words)
+        many, cache = in_chunks(stepper(REAL), params, tokens[:, :250], cache, 125)
+        few, _ = in_chunks(stepper(REAL), params, tokens[:, 250:], cache, 1)
+        logits.append(np.concatenate([many, few], 1))
+    assert any(pool.keys() == {"words"} for pools in cache.pools.values() for pool in pools.values())
+    close(*logits, tolerance)
+
+
 # The reference's traces
 
 

@@ -12,6 +12,7 @@ from ptx import Machine
 
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.pools import ByPart
 from dsv4_jax.kernels.sparse_attention import gpu, gpu_backward, gpu_fetch, paged, reference
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 
@@ -75,7 +76,7 @@ def test_entries_of_a_cache_as_they_are_stored(storage, interpreter):
     q, entries, indices = operands(np.random.default_rng(1), 1, 2, 128, 12, 10)
     nan = lambda x: jnp.full_like(x, jnp.iinfo(x.dtype).max)  # noqa: E731
     store = {name: nan(x) for name, x in storage.zeros((2, 5, 4)).items()}
-    pages = Pages(store, jnp.int32(1), jnp.asarray([[3, 0, 4]], jnp.int32), storage, per_block=4)
+    pages = Pages(store, jnp.int32(1), jnp.asarray([[3, 0, 4]], jnp.int32), ByPart(storage, 4))
     pages = pages.write(jnp.arange(12)[None], entries)
     found = gpu.forward_pages(q, pages, indices, SCALE, interpreter)
     for name, a, b in zip(("out", "lse"), found, paged.gather_attention(q, pages, indices, SCALE), strict=True):
@@ -151,7 +152,7 @@ def test_the_kernels_compile_for_hopper(chip, length, heads):
 def test_entries_of_a_cache_are_read_where_they_lie(storage):
     """No copy of the pool: the program needs little memory beside its arguments, that of the parts of outputs."""
     pool = jax.eval_shape(lambda: storage.zeros((2, 4096, 32)))
-    pages = Pages(pool, int32(), int32(8, 512), storage, per_block=32)
+    pages = Pages(pool, int32(), int32(8, 512), ByPart(storage, 32))
     q, pages, indices = arrays("h200", bf16(8, 1, 128, 512), pages, int32(8, 1, 1024))
     memory = compile_for("h200", lambda *x: gpu.forward_pages(*x, SCALE), q, pages, indices).memory_analysis()
     assert 8 * memory.temp_size_in_bytes < memory.argument_size_in_bytes

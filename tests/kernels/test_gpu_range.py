@@ -12,6 +12,7 @@ from ptx import Machine
 
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.pools import ByPart
 from dsv4_jax.kernels.sparse_attention import bands, gpu, gpu_fetch, gpu_range, paged, reference
 from dsv4_jax.kernels.sparse_attention import range_attention as attend_range
 from dsv4_jax.kernels.sparse_attention import window_attention as attend_window
@@ -149,7 +150,7 @@ def test_all_entries_of_a_cache_as_they_are_stored(storage, interpreter, monkeyp
     store = {name: nan(x) for name, x in storage.zeros((2, 11, 32)).items()}
     tables = jnp.asarray([[3, 0, 4, 9, 1], [10, 2, 6, 5, 7]], jnp.int32)
     hi = jnp.asarray([[150], [0]], jnp.int32)
-    pages = Pages(store, jnp.int32(1), tables, storage, per_block=32)
+    pages = Pages(store, jnp.int32(1), tables, ByPart(storage, 32))
     index = jnp.arange(160, dtype=jnp.int32)
     pages = pages.write(jnp.where(index < hi, index, -1), entries)
     found = gpu_range.forward_pages(q, pages, hi, SCALE, interpreter)
@@ -206,9 +207,8 @@ def test_every_query_that_sees_a_tile_is_visited(entries, length, seed):
 
 def test_windows_and_ranges_take_the_kernels_on_hopper(monkeypatch):
     q, kv, hi = jnp.zeros((1, 8, 64, 128), jnp.bfloat16), jnp.zeros((1, 8, 128), jnp.bfloat16), jnp.ones((1, 8), int)
-    pages = Pages(
-        Plain(128, "bfloat16").zeros((1, 4, 8)), jnp.int32(0), jnp.zeros((1, 1), int), Plain(128, "bfloat16"), 8
-    )
+    pool = ByPart(Plain(128, "bfloat16"), 8)
+    pages = Pages(pool.zeros(1, 4), jnp.int32(0), jnp.zeros((1, 1), int), pool)
 
     def kernels(branch, *given):
         with platforms.compiling_for("cuda"):
@@ -253,7 +253,7 @@ def test_the_kernels_compile_for_hopper(chip, length, heads, band, monkeypatch, 
 def test_entries_of_a_cache_are_read_where_they_lie(storage):
     """No copy of the pool: the program needs little memory beside its arguments, that of the parts of outputs."""
     pool = jax.eval_shape(lambda: storage.zeros((2, 4096, 32)))
-    pages = Pages(pool, int32(), int32(8, 512), storage, per_block=32)
+    pages = Pages(pool, int32(), int32(8, 512), ByPart(storage, 32))
     q, pages, hi = arrays("h200", bf16(8, 1, 128, 512), pages, int32(8, 1))
     program = compile_for("h200", lambda *x: gpu_range.forward_pages(*x, SCALE), q, pages, hi)
     memory = program.memory_analysis()

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dsv4_jax.kernels.chunks import join, split
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.platforms import is_hopper
+from dsv4_jax.kernels.pools import ByPart
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 
@@ -98,6 +99,8 @@ def backward(
 
 def supports_pages(q: jax.Array, pages: Pages) -> bool:
     """As `supports`, for entries in a cache: stored in BF16, or in FP8 beside 64 rotary dims in BF16."""
+    if not isinstance(pages.pool, ByPart):
+        return False
     storage, total = pages.storage, math.prod(next(iter(pages.store.values())).shape[:3])
     plain = isinstance(storage, Plain) and storage.dtype == "bfloat16"
     fp8 = isinstance(storage, Fp8WithRope) and storage.rope == ROTARY

@@ -43,7 +43,7 @@ class Partition:
         Args:
             apply: `(matrices, x [N, D], expert_ids [N, k], weights [N, k]) -> [N, D]`, for any part of the experts: ids
                 count within `matrices`, and an id equal to their number means none.
-            matrices: arrays [E, ..].
+            matrices: [E, ..], arrays or `OfStack`.
             x: [B, S, D].
             expert_ids: [B, S, k].
             weights: [B, S, k] float32.
@@ -55,6 +55,11 @@ class Partition:
         k = expert_ids.shape[-1]
         flat = apply(matrices, x.reshape(-1, x.shape[-1]), expert_ids.reshape(-1, k), weights.reshape(-1, k))
         return flat.reshape(x.shape) if beside is None else flat.reshape(x.shape) + beside
+
+    @property
+    def experts_in_place(self) -> bool:
+        """Whether `experts` multiplies matrices as they lie: then those of all layers can be given, to use some."""
+        return True
 
     def attention(
         self, layer: Attention, x: jax.Array, layout: Layout, options: AttentionOptions, past: LayerCache | None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config, LayerSpec
+from dsv4_jax.kernels.grouped_matmul import OfStack
 from dsv4_jax.layers.attention import AttentionOptions
 from dsv4_jax.layers.kv_cache import Cache, split_layer, trim
 from dsv4_jax.layers.layout import Layout
@@ -61,6 +62,9 @@ def run_segment(
     pools = {name: cache.pools[name] for name in names} if cache is not None else None
 
     given = given_experts(config, number, batch.expert_ids)
+    stacks: Params = {}
+    if cache is not None and not isinstance(params, list) and options.partition.experts_in_place:
+        params, stacks = _without_experts(params)
     # Streams go along side by side, [B, S, nD]: a TPU lays out [B, S, n, D] in another way, and would copy.
     shape, start = streams.shape, streams.reshape(*streams.shape[:-2], -1)
 
@@ -71,7 +75,8 @@ def run_segment(
         for i, (graph, name) in enumerate(zip(graphs, names, strict=True)):
             past = cache and cache.layer(segment.unit[i], states[name], pools[name], layer)
             own = batch._replace(expert_ids=given.get(i))
-            streams, record, past = nnx.merge(graph, params[str(i)])(streams, own, options, past)
+            block = _with_experts(params[str(i)], stacks[str(i)], layer) if stacks else params[str(i)]
+            streams, record, past = nnx.merge(graph, block)(streams, own, options, past)
             records.append(record)
             if past is not None:
                 state, new_pools[name] = split_layer(past)
@@ -88,6 +93,22 @@ def run_segment(
         cache = replace(cache, states=cache.states | states, pools=cache.pools | pools)
     take = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: E731
     return streams.reshape(shape), [take(record, i) for i in range(segment.repeats) for record in stacked], cache
+
+
+def _without_experts(params: Params) -> tuple[Params, Params]:
+    """The parameters of a segment's blocks without their experts, and these alone."""
+    experts = {name: block["ffn"]["experts"] for name, block in params.items()}
+    rest = {
+        name: block | {"ffn": {part: value for part, value in block["ffn"].items() if part != "experts"}}
+        for name, block in params.items()
+    }
+    return rest, experts
+
+
+def _with_experts(block: Params, stacks: Params, layer: jax.Array) -> Params:
+    """A block with the experts of its layer, which stay in their stacks."""
+    experts = {name: OfStack(stack, layer) for name, stack in stacks.items()}
+    return block | {"ffn": block["ffn"] | {"experts": experts}}
 
 
 def given_experts(config: DeepseekV4Config, number: int, expert_ids: jax.Array | None) -> dict[int, jax.Array]:

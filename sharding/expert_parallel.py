@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from dsv4_jax.kernels.grouped_matmul import OfStack
 from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.partition import ExpertFunction
 from sharding.rules import used_axes
@@ -83,7 +84,7 @@ def dispatch_experts(
         rows: how [B, S] lies on them. When that uses the expert axis, tokens are exchanged by all-to-all; when tokens
             are repeated along it, each device computes its own experts' share and the shares are summed.
         apply: see `Partition.experts`.
-        matrices: w1, w3 [E, D, I] and w2 [E, I, D].
+        matrices: w1, w3 [E, D, I] and w2 [E, I, D], arrays or `OfStack`.
         x: [B, S, D].
         expert_ids: [B, S, k].
         weights: [B, S, k] float32.
@@ -95,8 +96,8 @@ def dispatch_experts(
     """
     exchanged = EXPERT in used_axes(rows)
     local = partial(_exchange, headroom=headroom, mesh=mesh) if exchanged else _own_share
-    wide = PartitionSpec(EXPERT, None, TENSOR)
-    specs = type(matrices)(wide, wide, PartitionSpec(EXPERT, TENSOR, None))
+    wide, narrow = PartitionSpec(EXPERT, None, TENSOR), PartitionSpec(EXPERT, TENSOR, None)
+    specs = type(matrices)(*map(_lies, matrices, (wide, wide, narrow)))
     tokens = PartitionSpec(*rows, *(None,) * (3 - len(rows)))
 
     def one_device(
@@ -115,6 +116,11 @@ def dispatch_experts(
     return jax.shard_map(
         one_device, mesh=mesh, in_specs=(specs, tokens, tokens, tokens, tokens), out_specs=tokens, check_vma=False
     )(matrices, x, expert_ids, weights, beside)
+
+
+def _lies(matrices: Any, own: PartitionSpec) -> Any:
+    """How matrices are given to each device, where those of one layer lie as `own`."""
+    return OfStack(PartitionSpec(None, *own), PartitionSpec()) if isinstance(matrices, OfStack) else own
 
 
 def _own_share(

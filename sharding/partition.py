@@ -17,7 +17,7 @@ from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
 from dsv4_jax.partition import ExpertFunction, Partition
 from sharding import context_parallel, row_caches
-from sharding.expert_parallel import HEADROOM, TENSOR, dispatch_experts
+from sharding.expert_parallel import EXPERT, HEADROOM, TENSOR, dispatch_experts
 from sharding.rules import Strategy, spec, used_axes
 
 
@@ -54,6 +54,12 @@ class MeshPartition(Partition):
             return super().experts(apply, matrices, x, expert_ids, weights, beside)
         rows = self._rows(x)
         return dispatch_experts(self.mesh, rows, apply, matrices, x, expert_ids, weights, beside, self.headroom)
+
+    @property
+    def experts_in_place(self) -> bool:
+        """See `Partition.experts_in_place`: not where they would have to be gathered."""
+        lies = spec(self.strategy.parameters, ("experts", "embed", "mlp"), self.mesh)
+        return set(used_axes(lies)) <= {EXPERT, TENSOR}
 
     def attention(
         self, layer: Attention, x: jax.Array, layout: Layout, options: AttentionOptions, past: LayerCache | None

@@ -15,12 +15,12 @@ import numpy as np
 
 from dsv4_jax.kernels.grouped_matmul import gpu, tpu, xla
 from dsv4_jax.kernels.grouped_matmul.groups import Groups
+from dsv4_jax.kernels.grouped_matmul.stacked import OfStack
 from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.quantization.packed import Packed
 
 
-@jax.custom_vjp
-def grouped_matmul(rows: jax.Array, weights: jax.Array | Packed, groups: Groups) -> jax.Array:
+def grouped_matmul(rows: jax.Array, weights: jax.Array | Packed | OfStack, groups: Groups) -> jax.Array:
     """Each row times its expert's matrix.
 
     Args:
@@ -31,11 +31,18 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array | Packed, groups: Groups)
     Returns:
         [R, O] in the rows' dtype, accumulated in float32; rows of unused tiles are zero.
     """
+    if isinstance(weights, OfStack):
+        weights, groups = weights.among(groups, rows.dtype)
+    return _grouped_matmul(rows, weights, groups)
+
+
+@jax.custom_vjp
+def _grouped_matmul(rows: jax.Array, weights: jax.Array | Packed, groups: Groups) -> jax.Array:
     return multiply(rows, weights, groups)
 
 
 def _vjp_fwd(rows: jax.Array, weights: jax.Array | Packed, groups: Groups):
-    return grouped_matmul(rows, weights, groups), (rows, weights, groups)
+    return _grouped_matmul(rows, weights, groups), (rows, weights, groups)
 
 
 def _vjp_bwd(saved, d_out: jax.Array):
@@ -46,7 +53,7 @@ def _vjp_bwd(saved, d_out: jax.Array):
     return d_rows, weight_gradient(rows, d_out, weights, groups), None
 
 
-grouped_matmul.defvjp(_vjp_fwd, _vjp_bwd)
+_grouped_matmul.defvjp(_vjp_fwd, _vjp_bwd)
 
 
 def multiply(rows: jax.Array, weights: jax.Array | Packed, groups: Groups, transposed: bool = False) -> jax.Array:

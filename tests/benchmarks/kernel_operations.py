@@ -20,6 +20,7 @@ from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention.xla import attend_keys
 from dsv4_jax.layers.moe import tile_rows
 from dsv4_jax.quantization.storage import Storage, cache_format
+from tests.kernels.packing import pack
 
 Call = Callable[..., Any]
 EXPERTS = 8  # of one device in an expert-parallel group
@@ -211,19 +212,19 @@ def _experts(config: DeepseekV4Config, tokens: int, draw: Draw) -> Iterator[Oper
     x, weights = draw(tokens, inner), draw(EXPERTS, inner, outer, scale=inner**-0.5)
     rows = spread(x, groups)
     flops = 2.0 * ids.size * inner * outer
-    moved = float(x.dtype.itemsize * (ids.size * (inner + outer) + weights.size))
     at = np.asarray(groups.row_of[0])
-    exact = lambda row, i: _wide(x[0]) @ _wide(weights[ids[0, i]])  # noqa: E731
-    wanted = np.stack([exact(row, i) for i, row in enumerate(at)])
     run = lambda rows, weights: grouped_matmul(rows, weights, groups)  # noqa: E731
-    check = lambda found: _error(found[at], wanted)  # noqa: E731
-    yield Operation("experts, forward", (rows, weights), run, flops, moved, check)
+    moved = lambda weights: float(x.dtype.itemsize * ids.size * (inner + outer) + weights.nbytes)  # noqa: E731
+    for name, held in (("", weights), (" in FP8", pack(weights, "fp8")), (" in FP4", pack(weights, "fp4"))):
+        wanted = np.stack([_wide(x[0]) @ _wide(held[expert]) for expert in ids[0]])
+        check = lambda found, wanted=wanted: _error(found[at], wanted)  # noqa: E731
+        yield Operation(f"experts{name}, forward", (rows, held), run, flops, moved(held), check)
 
     cotangent = draw(rows.shape[0], outer)
     gradient = jax.grad(lambda rows, weights: (run(rows, weights) * cotangent).sum(), (0, 1))
     back = np.stack([_wide(cotangent[row]) @ _wide(weights[ids[0, i]]).T for i, row in enumerate(at)])
     check = lambda found: _error(found[0][at], back)  # noqa: E731
-    yield Operation("experts, forward and backward", (rows, weights), gradient, 3 * flops, 3 * moved, check)
+    yield Operation("experts, forward and backward", (rows, weights), gradient, 3 * flops, 3 * moved(weights), check)
 
 
 def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) -> tuple[Pages, jax.Array]:

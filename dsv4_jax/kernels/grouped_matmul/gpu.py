@@ -5,7 +5,8 @@ inputs into slots in shared memory while two others multiply, each with 128 colu
 another, and tiles of an expert do: rows and weights come from memory about once and then from the second-level cache.
 
 Weights are multiplied in the rows' dtype: float32 masters are converted before, whole. The gradient of the weights adds
-up the products of an expert's tiles in registers, in the order of tiles; experts without rows get zeros.
+up the products of an expert's tiles in registers, in the order of tiles; experts without rows get zeros. Packed weights
+have a product of their own (`gpu_packed.py`).
 """
 
 from __future__ import annotations
@@ -28,10 +29,20 @@ SHARED = 13  # pieces of 16 KiB (64 x 128 in BF16) that shared memory holds besi
 
 def supports(rows: jax.Array, weights: jax.Array | Packed, groups: Groups, transposed: bool = False) -> bool:
     """Whether the kernel takes these operands and the program is compiled for GPUs that have its instructions."""
-    if isinstance(weights, Packed) or rows.dtype != jnp.bfloat16 or groups.tile not in (64, 128):
-        return False
-    inner, outer = weights.shape[:0:-1] if transposed else weights.shape[1:]
-    return inner % STEP == 0 and outer % (2 * WIDTH) == 0 and are_hopper()
+    if isinstance(weights, Packed):
+        return groups.tile % 8 == 0 and groups.tile <= 128 and not transposed and supports_packed(rows, weights)
+    return groups.tile in (64, 128) and _whole(rows, weights.shape[:0:-1] if transposed else weights.shape[1:])
+
+
+def supports_packed(x: jax.Array, weights: Packed) -> bool:
+    """Whether x can be multiplied with packed matrices in the kernel, and the program is compiled for such GPUs."""
+    known = weights.scales.dtype == jnp.uint8 and weights.tile[0] in (32, 128)
+    return known and _whole(x, weights.shape[-2:])
+
+
+def _whole(x: jax.Array, shape: tuple[int, ...]) -> bool:
+    inner, outer = shape
+    return x.dtype == jnp.bfloat16 and inner % STEP == 0 and outer % (2 * WIDTH) == 0 and are_hopper()
 
 
 def supports_gradient(rows: jax.Array, weights: jax.Array, groups: Groups) -> bool:
@@ -40,20 +51,30 @@ def supports_gradient(rows: jax.Array, weights: jax.Array, groups: Groups) -> bo
 
 
 def forward(
-    rows: jax.Array, weights: jax.Array, groups: Groups, transposed: bool = False, interpret: Any = False
+    rows: jax.Array,
+    weights: jax.Array | Packed,
+    groups: Groups,
+    transposed: bool = False,
+    dtype: Any = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """Each row times its expert's matrix, or times its transpose.
 
     Args:
         rows: [R, I] BF16, or [R, O] when `transposed`.
-        weights: [E, I, O].
-        groups: of the rows, in tiles of 64 or 128.
+        weights: [E, I, O]; packed ones are undone in the kernel.
+        groups: of the rows, in tiles of 64 or 128; with packed weights, of a multiple of 8 up to 128.
         transposed: multiply with [O, I].
+        dtype: of the result, with packed weights; the rows' by default.
         interpret: False on a GPU; the parameters of Pallas' GPU interpreter elsewhere.
 
     Returns:
-        [R, O], or [R, I], in the rows' dtype; rows of unused tiles are zero.
+        [R, O], or [R, I]; rows of unused tiles are zero.
     """
+    if isinstance(weights, Packed):
+        from dsv4_jax.kernels.grouped_matmul import gpu_packed
+
+        return gpu_packed.forward(rows, weights, groups, dtype or rows.dtype, interpret)
     outer = weights.shape[1 if transposed else 2]
     piece = (WIDTH, STEP) if transposed else (STEP, WIDTH)
     body = partial(_multiply, transposed=transposed, interpret=interpret)

@@ -125,17 +125,22 @@ def test_only_what_the_kernel_can_undo_and_only_on_hopper(monkeypatch):
     assert not gpu.supports(rows, packed, make_groups(jnp.asarray(FEW)[:, None], EXPERTS, 256))
 
 
+def abstract(chip):
+    """(the machine, a function from shape and dtype to an array on it)."""
+    from sharding.targets import parse_target
+
+    target = parse_target(f"{chip}:1x1")
+    here = jax.sharding.SingleDeviceSharding(target.devices()[0])
+    return target, lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("format", ["fp8", "fp4"])
 @pytest.mark.parametrize("tile", [8, 128], ids=["decode", "prefill"])
 def test_the_kernel_compiles_for_hopper_without_undone_weights_and_spills(format, tile, monkeypatch, capfd):
-    from sharding.targets import parse_target
-
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")  # says nothing of a kernel that it has compiled before
     ids = jax.ShapeDtypeStruct((2048, 2), jnp.int32)
-    for target in map(parse_target, ("h100:1x1", "h200:1x1")):
-        here = jax.sharding.SingleDeviceSharding(target.devices()[0])
-        array = lambda *shape, dtype=jnp.bfloat16, here=here: jax.ShapeDtypeStruct(shape, dtype, sharding=here)  # noqa: E731
+    for target, array in map(abstract, ("h100", "h200")):
         packed = abstract_packed(array, format)
         groups = jax.eval_shape(partial(make_groups, experts=len(packed), tile=tile), ids)
         groups = jax.tree.map(lambda x, array=array: array(*x.shape, dtype=x.dtype), groups)
@@ -145,3 +150,14 @@ def test_the_kernel_compiles_for_hopper_without_undone_weights_and_spills(format
         assert compiled.memory_analysis().temp_size_in_bytes < packed.values.size / 64  # FP8 scales of every column
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", "".join(capfd.readouterr()))
     assert spilled and set(spilled) == {("0", "0")}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("format", ["fp8", "fp4"])
+def test_a_matrix_alone_is_read_where_it_lies(format):
+    target, array = abstract("h200")
+    packed = abstract_packed(lambda _, *shape, dtype: array(*shape, dtype=dtype), format)
+    run = partial(as_one_expert, forward=gpu.forward)
+    compiled = jax.jit(run).lower(array(4, packed.shape[0]), packed).compile(target.compiler_options)
+    # The rows, and their results in float32, as 16.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 16 * (2 * packed.shape[0] + 4 * packed.shape[1])

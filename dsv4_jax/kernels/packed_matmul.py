@@ -28,11 +28,11 @@ def packed_dot(x: jax.Array, weight: Packed) -> jax.Array:
 
 @jax.custom_vjp
 def _product(rows: jax.Array, weight: Packed) -> jax.Array:
-    kernels = {
-        name: partial(as_one_expert, forward=backend.forward)
-        for name, backend in (("tpu", tpu), ("gpu", gpu))
-        if on_one_device() and backend.supports_packed(rows, weight)
-    }
+    kernels: dict[str, Any] = {}
+    if on_one_device() and tpu.supports_packed(rows, weight):
+        kernels["tpu"] = partial(as_experts, forward=tpu.forward)
+    if on_one_device() and gpu.supports_packed(rows, weight):
+        kernels["gpu"] = partial(as_experts, forward=gpu.forward, parts=gpu.parts_of(weight, _tiles(rows)))
     return by_platform(rows, weight, xla=in_chunks, **kernels)
 
 
@@ -42,16 +42,33 @@ _product.defvjp(
 )
 
 
-def as_one_expert(x: jax.Array, weight: Packed, forward: Callable[..., Any]) -> jax.Array:
-    """[N, I] x packed [I, O] -> float32 [N, O], by a kernel for experts: all rows are of one."""
-    count = len(x)
-    tile = min(128, -(-count // 16) * 16)
-    rows = jnp.pad(x, ((0, -count % tile), (0, 0)))
-    tiles = len(rows) // tile
-    one = jax.tree.map(lambda leaf: leaf[None], weight)
+def as_experts(rows: jax.Array, weight: Packed, forward: Callable[..., Any], parts: int = 1) -> jax.Array:
+    """[N, I] x packed [I, O] -> float32 [N, O], by a kernel for experts: each part of the inputs is one.
+
+    Args:
+        rows: [N, I].
+        weight: [I, O].
+        forward: the kernel.
+        parts: of the inputs; they divide the rows of scales. Results are added up in their order.
+    """
+    count, outer = len(rows), weight.shape[1]
+    tile, tiles = _tile(rows), _tiles(rows)
+    rows = jnp.pad(rows, ((0, -count % tile), (0, 0))).reshape(tiles * tile, parts, -1)
+    rows = rows.swapaxes(0, 1).reshape(parts * tiles * tile, -1)
+    experts = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, leaf.shape[-1]), weight)
     numbers = jnp.arange(len(rows), dtype=jnp.int32)
-    groups = Groups(numbers[:, None], numbers, jnp.zeros(tiles, jnp.int32), jnp.int32(tiles))
-    return forward(rows, one, groups, dtype=jnp.float32)[:count]
+    expert_of_tile = jnp.arange(parts, dtype=jnp.int32).repeat(tiles)
+    groups = Groups(numbers[:, None], numbers, expert_of_tile, jnp.int32(parts * tiles))
+    out = forward(rows, experts, groups, dtype=jnp.float32)
+    return out.reshape(parts, -1, outer)[:, :count].sum(0)
+
+
+def _tile(rows: jax.Array) -> int:
+    return min(128, -(-len(rows) // 16) * 16)
+
+
+def _tiles(rows: jax.Array) -> int:
+    return -(-len(rows) // _tile(rows))
 
 
 def in_chunks(rows: jax.Array, weight: Packed) -> jax.Array:

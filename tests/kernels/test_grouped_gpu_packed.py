@@ -12,8 +12,9 @@ from grouped_costs import abstract_packed
 from packing import pack, with_every_code
 from ptx import Machine
 
-from dsv4_jax.kernels.grouped_matmul import gpu, gpu_undo, make_groups, reference
-from dsv4_jax.kernels.packed_matmul import as_one_expert
+from dsv4_jax.kernels import packed_matmul
+from dsv4_jax.kernels.grouped_matmul import gpu, gpu_undo, make_groups, product, reference
+from dsv4_jax.kernels.packed_matmul import as_experts
 from dsv4_jax.quantization.packed import Packed
 
 EXPERTS = 3
@@ -54,11 +55,18 @@ def test_rows_are_multiplied_with_the_packed_matrix_of_their_expert(format, ids,
     close(found, reference.grouped_matmul(rows.astype(jnp.float32), packed.astype(jnp.float32), groups))
 
 
-def test_a_matrix_alone_in_float32(interpreter):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_matrix_alone_in_float32_whole_and_in_parts(parts, interpreter):
     rows, packed, _ = operands("fp4", FEW, 8, 128, 256)
-    found = as_one_expert(rows[:3], packed[1], partial(gpu.forward, interpret=interpreter))
+    found = as_experts(rows[:3], packed[1], partial(gpu.forward, interpret=interpreter), parts)
     wanted = rows[:3].astype(jnp.float32) @ packed[1].astype(jnp.float32)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_parts_fill_the_gpu_once_and_are_long_enough():
+    matrix = lambda inner, outer: jax.eval_shape(lambda: pack(jnp.ones((inner, outer)), "fp8"))  # noqa: E731
+    assert [gpu.parts_of(matrix(4096, 2048), tiles) for tiles in (1, 2, 4, 99)] == [16, 8, 4, 1]
+    assert gpu.parts_of(matrix(7168, 3072), 1) == 7 and gpu.parts_of(matrix(320, 256), 1) == 1
 
 
 def as_copied(values):
@@ -125,6 +133,18 @@ def test_only_what_the_kernel_can_undo_and_only_on_hopper(monkeypatch):
     assert not gpu.supports(rows, packed, make_groups(jnp.asarray(FEW)[:, None], EXPERTS, 256))
 
 
+def test_products_with_packed_matrices_ask_for_the_kernel(monkeypatch):
+    rows, packed, groups = operands("fp8", FEW, 8, 512, 256)
+    monkeypatch.setattr(gpu, "are_hopper", lambda: True)
+    asked = []
+    for module in (product, packed_matmul):
+        monkeypatch.setattr(module, "by_platform", lambda x, *_, gpu, **others: asked.append(gpu) or x)
+    product.multiply(rows, packed, groups)
+    packed_matmul.packed_dot(rows, packed[0])
+    assert asked[0].func is gpu.forward
+    assert asked[1].keywords == {"forward": gpu.forward, "parts": 2}
+
+
 def abstract(chip):
     """(the machine, a function from shape and dtype to an array on it)."""
     from sharding.targets import parse_target
@@ -157,7 +177,7 @@ def test_the_kernel_compiles_for_hopper_without_undone_weights_and_spills(format
 def test_a_matrix_alone_is_read_where_it_lies(format):
     target, array = abstract("h200")
     packed = abstract_packed(lambda _, *shape, dtype: array(*shape, dtype=dtype), format)
-    run = partial(as_one_expert, forward=gpu.forward)
+    run = partial(as_experts, forward=gpu.forward, parts=4)
     compiled = jax.jit(run).lower(array(4, packed.shape[0]), packed).compile(target.compiler_options)
-    # The rows, and their results in float32, as 16.
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 16 * (2 * packed.shape[0] + 4 * packed.shape[1])
+    # 16 rows, and results in float32 for each part of their inputs.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 16 * (2 * packed.shape[0] + 4 * 4 * packed.shape[1])

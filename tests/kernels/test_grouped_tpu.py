@@ -11,7 +11,7 @@ from packing import pack, with_every_code
 
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.grouped_matmul import grouped_matmul, make_groups, reference, tpu
-from dsv4_jax.kernels.packed_matmul import as_one_expert
+from dsv4_jax.kernels.packed_matmul import as_experts
 
 INTERPRET = pltpu.InterpretParams()
 EXPERTS, TILE = 4, 8
@@ -62,7 +62,7 @@ def test_packed_experts_are_undone_in_the_kernel(format):
     assert tpu.supports(rows, packed, groups) and not tpu.supports(rows, packed, groups, transposed=True)
     wanted = reference.grouped_matmul(rows, packed.astype(jnp.float32), groups)
     close(tpu.forward(rows, packed, groups, interpret=INTERPRET), wanted, "float32")
-    found = as_one_expert(rows[:3], packed[1], partial(tpu.forward, interpret=INTERPRET))
+    found = as_experts(rows[:3], packed[1], partial(tpu.forward, interpret=INTERPRET))
     close(found, rows[:3] @ packed[1].astype(jnp.float32), "float32")
 
 

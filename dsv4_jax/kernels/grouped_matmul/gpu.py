@@ -24,6 +24,8 @@ from dsv4_jax.quantization.packed import Packed
 STEP = 64  # inputs, or rows of a weight gradient, in a slot
 WIDTH = 128  # columns of a warpgroup
 HEIGHT = 128  # rows of a weight gradient in a program
+PROCESSORS = 132  # of an H100 or H200; a program fills one
+PART = 256  # inputs of a packed matrix alone, at least, that are worth a program
 SHARED = 13  # pieces of 16 KiB (64 x 128 in BF16) that shared memory holds beside barriers
 
 
@@ -38,6 +40,13 @@ def supports_packed(x: jax.Array, weights: Packed) -> bool:
     """Whether x can be multiplied with packed matrices in the kernel, and the program is compiled for such GPUs."""
     known = weights.scales.dtype == jnp.uint8 and weights.tile[0] in (32, 128)
     return known and _whole(x, weights.shape[-2:])
+
+
+def parts_of(weight: Packed, tiles: int) -> int:
+    """Into how many parts of its inputs a packed matrix is cut, so that its programs for few rows fill a GPU once."""
+    inner, outer = weight.shape
+    most = PROCESSORS // (tiles * outer // (2 * WIDTH))
+    return next((parts for parts in range(most, 1, -1) if inner % (parts * PART) == 0), 1)
 
 
 def _whole(x: jax.Array, shape: tuple[int, ...]) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -14,40 +13,12 @@ import numpy as np
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.kernels import indexer_topk, sparse_attention
 from dsv4_jax.kernels.chunks import chunk_length, join, split
-from dsv4_jax.kernels.grouped_matmul import grouped_matmul, make_groups, spread
 from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.sparse_attention.xla import attend_keys
-from dsv4_jax.layers.moe import tile_rows
 from dsv4_jax.quantization.storage import Storage, cache_format
-from tests.kernels.packing import pack
-
-Call = Callable[..., Any]
-EXPERTS = 8  # of one device in an expert-parallel group
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation at one size.
-
-    Attributes:
-        name: what it is.
-        operands: arrays.
-        run: of the project, whose backend is the platform's kernel or plain XLA.
-        flops: that the operation needs, whoever computes it.
-        moved: bytes that it must read and write.
-        check: given the result as numpy arrays, the largest error relative to the largest true value, on a part of it.
-        dense: the same by masking all entries, or None where nothing is masked.
-    """
-
-    name: str
-    operands: tuple[Any, ...]
-    run: Call
-    flops: float
-    moved: float
-    check: Callable[[Any], float]
-    dense: Call | None = None
-    tolerance: dict[str, float] = field(default_factory=lambda: {"float32": 1e-4, "bfloat16": 3e-2})
+from tests.benchmarks.expert_operations import expert_gradients, experts
+from tests.benchmarks.operation import Draw, Operation, error, wide
 
 
 def operations(config: DeepseekV4Config, context: int, queries: int, rows: int, dtype: Any) -> Iterator[Operation]:
@@ -69,27 +40,9 @@ def operations(config: DeepseekV4Config, context: int, queries: int, rows: int, 
     yield _paged_attention("sparse, decode", "gather", config, csa, rows, draw)
     yield _paged_attention("all HCA entries, decode", "range", config, hca, rows, draw)
     yield _paged_index(config, csa, rows, draw)
-    yield from _experts(config, queries, draw)
-
-
-class Draw:
-    """Seeded operands."""
-
-    def __init__(self, dtype: Any):
-        """Normal values in `dtype`."""
-        self.dtype, self.rng = jnp.dtype(dtype), np.random.default_rng(0)
-
-    def __call__(self, *shape: int, scale: float = 1.0) -> jax.Array:
-        """Normal values."""
-        return jnp.asarray(self.rng.standard_normal(shape, np.float32) * scale, self.dtype)
-
-    def choices(self, rows: int, queries: int, entries: int, k: int) -> jax.Array:
-        """Distinct entries of each query, in no order: [rows, queries, min(k, entries)]."""
-        k = min(k, entries)
-        first = self.rng.integers(0, entries, (rows, queries, 1))
-        odd = entries // 2 * 2 - 1 if entries > 2 else 1
-        stride = next(s for s in range(max(odd * 5 // 8 | 1, 1), 2 * odd + 2, 2) if np.gcd(s, entries) == 1)
-        return jnp.asarray((first + stride * np.arange(k)) % entries, jnp.int32)
+    yield from experts("forward", (None, "fp8", "fp4"), config, queries, draw)
+    yield from experts("decode", ("fp8", "fp4"), config, rows, draw)
+    yield expert_gradients(config, queries, draw)
 
 
 def _attention(
@@ -113,14 +66,14 @@ def _attention(
     part = _some(queries)
     visible = _visible(kind, choice, entries, part)
     wanted = _exact(q[:, part], kv, visible, scale)
-    check = lambda found: _error(found[0][:, part], wanted)  # noqa: E731
+    check = lambda found: error(found[0][:, part], wanted)  # noqa: E731
     dense = partial(_dense, scale=scale) if kind == "gather" else None
     yield Operation(name, (q, kv, *choice), run, flops, moved, check, dense)
 
     weights = draw(*q.shape)
     both = lambda run: jax.grad(lambda q, kv, *rest: (run(q, kv, *rest)[0] * weights).sum(), (0, 1))  # noqa: E731
     gradient = _exact_gradient(q[:, part], kv, visible, scale, weights[:, part])
-    check = lambda found: _error(found[0][:, part], gradient)  # noqa: E731
+    check = lambda found: error(found[0][:, part], gradient)  # noqa: E731
     name = name.replace("prefill", "forward and backward")
     tolerance = {"float32": 1e-3, "bfloat16": 6e-2}
     yield Operation(name, (q, kv, *choice), both(run), 3.5 * flops, 3 * moved, check, dense and both(dense), tolerance)
@@ -149,7 +102,7 @@ def _window(config: DeepseekV4Config, queries: int, draw: Draw) -> Operation:
     wanted = _exact(q[:, part], kv, ((distance >= 0) & (distance < window))[None], scale)
     seen = np.minimum(np.arange(queries) + 1, window).sum()
     moved = float(q.dtype.itemsize * (2 * q.size + kv.size))
-    check = lambda found: _error(found[0][:, part], wanted)  # noqa: E731
+    check = lambda found: error(found[0][:, part], wanted)  # noqa: E731
     return Operation("window, prefill", (q, kv), run, 4.0 * heads * width * seen, moved, check)
 
 
@@ -186,7 +139,7 @@ def _paged_attention(
     wanted = _exact(q, kv, visible, scale)
     per_entry = sum(x.nbytes for x in pages.store.values()) / (rows * pages.capacity)
     moved = rows * seen * per_entry + 2 * q.nbytes
-    check = lambda found: _error(found[0], wanted)  # noqa: E731
+    check = lambda found: error(found[0], wanted)  # noqa: E731
     return Operation(name, (q, pages, choice), run, 4.0 * rows * heads * width * seen, moved, check)
 
 
@@ -205,28 +158,6 @@ def _paged_index(config: DeepseekV4Config, entries: int, rows: int, draw: Draw) 
     return Operation("index scores and top-k, decode", (queries, pages, weights, hi), run, flops, moved, check)
 
 
-def _experts(config: DeepseekV4Config, tokens: int, draw: Draw) -> Iterator[Operation]:
-    inner, outer, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
-    ids = np.argsort(draw.rng.random((tokens, EXPERTS)), -1)[:, : min(k, EXPERTS)]
-    groups = make_groups(jnp.asarray(ids, jnp.int32), EXPERTS, tile_rows(ids.size, EXPERTS))
-    x, weights = draw(tokens, inner), draw(EXPERTS, inner, outer, scale=inner**-0.5)
-    rows = spread(x, groups)
-    flops = 2.0 * ids.size * inner * outer
-    at = np.asarray(groups.row_of[0])
-    run = lambda rows, weights: grouped_matmul(rows, weights, groups)  # noqa: E731
-    moved = lambda weights: float(x.dtype.itemsize * ids.size * (inner + outer) + weights.nbytes)  # noqa: E731
-    for name, held in (("", weights), (" in FP8", pack(weights, "fp8")), (" in FP4", pack(weights, "fp4"))):
-        wanted = np.stack([_wide(x[0]) @ _wide(held[expert]) for expert in ids[0]])
-        check = lambda found, wanted=wanted: _error(found[at], wanted)  # noqa: E731
-        yield Operation(f"experts{name}, forward", (rows, held), run, flops, moved(held), check)
-
-    cotangent = draw(rows.shape[0], outer)
-    gradient = jax.grad(lambda rows, weights: (run(rows, weights) * cotangent).sum(), (0, 1))
-    back = np.stack([_wide(cotangent[row]) @ _wide(weights[ids[0, i]]).T for i, row in enumerate(at)])
-    check = lambda found: _error(found[0][at], back)  # noqa: E731
-    yield Operation("experts, forward and backward", (rows, weights), gradient, 3 * flops, 3 * moved(weights), check)
-
-
 def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) -> tuple[Pages, jax.Array]:
     """Pages of random entries, as many blocks as they need, and the entries as they are stored."""
     per_block = 32
@@ -243,10 +174,6 @@ def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) ->
 def _some(queries: int) -> slice:
     """The queries whose results are checked."""
     return slice(max(queries - 4, 0), queries)
-
-
-def _wide(x: Any) -> np.ndarray:
-    return np.asarray(x, np.float64)
 
 
 def _visible(kind: str, choice: tuple[jax.Array, ...], entries: int, part: slice) -> np.ndarray:
@@ -268,13 +195,13 @@ def _weights(q: np.ndarray, kv: np.ndarray, visible: np.ndarray, scale: float) -
 
 def _exact(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float) -> np.ndarray:
     """The attention in float64."""
-    q64, kv64 = _wide(q), _wide(kv)
+    q64, kv64 = wide(q), wide(kv)
     return np.einsum("bqhn,bnk->bqhk", _weights(q64, kv64, visible, scale), kv64)
 
 
 def _exact_gradient(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float, d_out: jax.Array) -> np.ndarray:
     """The queries' gradient in float64."""
-    q64, kv64, d64 = _wide(q), _wide(kv), _wide(d_out)
+    q64, kv64, d64 = wide(q), wide(kv), wide(d_out)
     weights = _weights(q64, kv64, visible, scale)
     d_weights = np.einsum("bqhk,bnk->bqhn", d64, kv64)
     d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
@@ -282,12 +209,8 @@ def _exact_gradient(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: flo
 
 
 def _exact_scores(queries: jax.Array, keys: jax.Array, weights: jax.Array) -> np.ndarray:
-    products = np.maximum(np.einsum("bqhd,bnd->bqhn", _wide(queries), _wide(keys)), 0)
-    return np.einsum("bqhn,bqh->bqn", products, _wide(weights))
-
-
-def _error(found: Any, wanted: np.ndarray) -> float:
-    return float(np.abs(_wide(found) - wanted).max() / np.abs(wanted).max())
+    products = np.maximum(np.einsum("bqhd,bnd->bqhn", wide(queries), wide(keys)), 0)
+    return np.einsum("bqhn,bqh->bqn", products, wide(weights))
 
 
 def _lost(chosen: Any, scores: np.ndarray) -> float:

@@ -24,11 +24,11 @@ KINDS = [("fp8", 128), ("fp8", 32), ("fp4", 32)]  # and how many inputs share a 
 
 
 def operands(format, ids, tile, inner, outer):
-    """(rows laid out by groups, with zeros in padding rows; packed weights; groups)."""
+    """(rows laid out by groups, with zeros in padding rows; packed weights; groups): small whole numbers."""
     groups = make_groups(jnp.asarray(ids, jnp.int32)[:, None], EXPERTS, tile)
     filled = (groups.pair_of < ids.size)[:, None]
-    rows = jnp.where(filled, RNG.standard_normal((len(filled), inner)), 0).astype(jnp.bfloat16)
-    weights = jnp.asarray(RNG.standard_normal((EXPERTS, inner, outer)), jnp.float32)
+    rows = jnp.where(filled, RNG.integers(-3, 4, (len(filled), inner)), 0).astype(jnp.bfloat16)
+    weights = jnp.asarray(RNG.integers(-15, 16, (EXPERTS, inner, outer)), jnp.float32)
     return rows, with_every_code(pack(weights, format)), groups
 
 
@@ -48,11 +48,16 @@ def close(found, wanted):
     ],
 )
 def test_rows_are_multiplied_with_the_packed_matrix_of_their_expert(format, ids, tile, inner, outer, interpreter):
-    """An expert without rows, a pair without an expert, unused tiles, which are zero, and every code of the format."""
+    """An expert without rows, a pair without an expert, unused tiles, which are zero, and every code of the format.
+
+    Sums of whole numbers are exact in float32, so results are the reference's to the bit, but for the column of codes.
+    """
     rows, packed, groups = operands(format, ids, tile, inner, outer)
     found = gpu.forward(rows, packed, groups, interpret=interpreter)
     assert found.dtype == rows.dtype and not np.asarray(found, np.float32)[int(groups.tiles_used) * tile :].any()
-    close(found, reference.grouped_matmul(rows.astype(jnp.float32), packed.astype(jnp.float32), groups))
+    wanted = reference.grouped_matmul(rows.astype(jnp.float32), packed.astype(jnp.float32), groups)
+    close(found, wanted)
+    np.testing.assert_array_equal(found[:, 1:], wanted[:, 1:].astype(found.dtype))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -112,6 +117,8 @@ def written_by_threads(format, result, dtype):
 @pytest.mark.parametrize(("format", "group"), KINDS)
 def test_threads_undo_every_number_exactly_and_write_columns_in_their_order(format, group):
     """Rows of the left operand are columns in an order of the kernel's own, the same on both ways."""
+    layout = gpu_undo.NUMBERS.layout.to_mgpu()
+    assert [size for size in layout.registers_shape((128, 64)) if size > 1] == [2, 8, 2]  # half, eight, row + 8
     operand, stated = undone_by_threads(format, 64 // min(group, 64))
     for dtype in (np.float32, ml_dtypes.bfloat16):
         columns = written_by_threads(format, operand.astype(np.float32), dtype)

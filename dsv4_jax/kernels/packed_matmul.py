@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.grouped_matmul import tpu
+from dsv4_jax.kernels.grouped_matmul import Groups, gpu, tpu
 from dsv4_jax.kernels.platforms import by_platform, on_one_device
 from dsv4_jax.quantization.packed import Packed
 
@@ -15,12 +19,56 @@ COLUMNS = 512
 def packed_dot(x: jax.Array, weight: Packed) -> jax.Array:
     """`x @ weight`, [.., I] x [I, O] -> float32 [.., O], the numbers of the weight taken in x's dtype.
 
-    No more than about `COLUMNS` columns of the weight exist as floats at a time, on a single TPU none outside a kernel:
-    products like this one stand where the compiler spreads arrays over devices, and it cannot cut a kernel into parts.
+    No more than about `COLUMNS` columns of the weight exist as floats at a time, on a single TPU or Hopper GPU none
+    outside a kernel: products like this one stand where the compiler spreads arrays over devices, and it cannot cut a
+    kernel into parts.
     """
-    kernel = tpu.packed_product if on_one_device() and tpu.supports_packed(x, weight) else None
-    out = by_platform(x.reshape(-1, x.shape[-1]), weight, xla=in_chunks, tpu=kernel)
-    return out.reshape(*x.shape[:-1], -1)
+    return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product(rows: jax.Array, weight: Packed) -> jax.Array:
+    kernels: dict[str, Any] = {}
+    if on_one_device() and tpu.supports_packed(rows, weight):
+        kernels["tpu"] = partial(as_experts, forward=tpu.forward)
+    if on_one_device() and gpu.supports_packed(rows, weight):
+        kernels["gpu"] = partial(as_experts, forward=gpu.forward, parts=gpu.parts_of(weight, _tiles(rows)))
+    return by_platform(rows, weight, xla=in_chunks, **kernels)
+
+
+_product.defvjp(
+    lambda rows, weight: (_product(rows, weight), (rows, weight)),
+    lambda saved, d_out: jax.vjp(in_chunks, *saved)[1](d_out),
+)
+
+
+def as_experts(rows: jax.Array, weight: Packed, forward: Callable[..., Any], parts: int = 1) -> jax.Array:
+    """[N, I] x packed [I, O] -> float32 [N, O], by a kernel for experts: each part of the inputs is one.
+
+    Args:
+        rows: [N, I].
+        weight: [I, O].
+        forward: the kernel.
+        parts: of the inputs; they divide the rows of scales. Results are added up in their order.
+    """
+    count, outer = len(rows), weight.shape[1]
+    tile, tiles = _tile(rows), _tiles(rows)
+    rows = jnp.pad(rows, ((0, -count % tile), (0, 0))).reshape(tiles * tile, parts, -1)
+    rows = rows.swapaxes(0, 1).reshape(parts * tiles * tile, -1)
+    experts = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, leaf.shape[-1]), weight)
+    numbers = jnp.arange(len(rows), dtype=jnp.int32)
+    expert_of_tile = jnp.arange(parts, dtype=jnp.int32).repeat(tiles)
+    groups = Groups(numbers[:, None], numbers, expert_of_tile, jnp.int32(parts * tiles))
+    out = forward(rows, experts, groups, dtype=jnp.float32)
+    return out.reshape(parts, -1, outer)[:, :count].sum(0)
+
+
+def _tile(rows: jax.Array) -> int:
+    return min(128, -(-len(rows) // 16) * 16)
+
+
+def _tiles(rows: jax.Array) -> int:
+    return -(-len(rows) // _tile(rows))
 
 
 def in_chunks(rows: jax.Array, weight: Packed) -> jax.Array:

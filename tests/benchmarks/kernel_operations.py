@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -14,41 +13,13 @@ import numpy as np
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.kernels import indexer_topk, sparse_attention
 from dsv4_jax.kernels.chunks import chunk_length, join, split
-from dsv4_jax.kernels.grouped_matmul import grouped_matmul, make_groups, spread
 from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import ByPart
 from dsv4_jax.kernels.sparse_attention.xla import attend_keys
-from dsv4_jax.layers.moe import tile_rows
 from dsv4_jax.quantization.storage import Storage, cache_format
-from tests.benchmarks.draw import Draw
-
-Call = Callable[..., Any]
-EXPERTS = 8  # of one device in an expert-parallel group
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operation at one size.
-
-    Attributes:
-        name: what it is.
-        operands: arrays.
-        run: of the project, whose backend is the platform's kernel or plain XLA.
-        flops: that the operation needs, whoever computes it.
-        moved: bytes that it must read and write.
-        check: given the result as numpy arrays, the largest error relative to the largest true value, on a part of it.
-        dense: the same by masking all entries, or None where nothing is masked.
-    """
-
-    name: str
-    operands: tuple[Any, ...]
-    run: Call
-    flops: float
-    moved: float
-    check: Callable[[Any], float]
-    dense: Call | None = None
-    tolerance: dict[str, float] = field(default_factory=lambda: {"float32": 1e-4, "bfloat16": 3e-2})
+from tests.benchmarks.expert_operations import expert_gradients, experts
+from tests.benchmarks.operation import Draw, Operation, error, wide
 
 
 def operations(config: DeepseekV4Config, context: int, queries: int, rows: int, dtype: Any) -> Iterator[Operation]:
@@ -70,7 +41,9 @@ def operations(config: DeepseekV4Config, context: int, queries: int, rows: int, 
     yield _paged_attention("sparse, decode", "gather", config, csa, rows, draw)
     yield _paged_attention("all HCA entries, decode", "range", config, hca, rows, draw)
     yield _paged_index(config, csa, rows, draw)
-    yield from _experts(config, queries, draw)
+    yield from experts("forward", (None, "fp8", "fp4"), config, queries, draw)
+    yield from experts("decode", ("fp8", "fp4"), config, rows, draw)
+    yield expert_gradients(config, queries, draw)
 
 
 def _attention(
@@ -94,14 +67,14 @@ def _attention(
     part = _some(queries)
     visible = _visible(kind, choice, entries, part)
     wanted = _exact(q[:, part], kv, visible, scale)
-    check = lambda found: _error(found[0][:, part], wanted)  # noqa: E731
+    check = lambda found: error(found[0][:, part], wanted)  # noqa: E731
     dense = partial(_dense, scale=scale) if kind == "gather" else None
     yield Operation(name, (q, kv, *choice), run, flops, moved, check, dense)
 
     weights = draw(*q.shape)
     both = lambda run: jax.grad(lambda q, kv, *rest: (run(q, kv, *rest)[0] * weights).sum(), (0, 1))  # noqa: E731
     gradient, _ = _exact_gradients(q[:, part], kv, visible, scale, weights[:, part])
-    check = lambda found: _error(found[0][:, part], gradient)  # noqa: E731
+    check = lambda found: error(found[0][:, part], gradient)  # noqa: E731
     name = name.replace("prefill", "forward and backward")
     tolerance = {"float32": 1e-3, "bfloat16": 6e-2}
     yield Operation(name, (q, kv, *choice), both(run), 3.5 * flops, 3 * moved, check, dense and both(dense), tolerance)
@@ -131,14 +104,14 @@ def _window(config: DeepseekV4Config, queries: int, draw: Draw) -> Iterator[Oper
     wanted = _exact(q[:, part], kv, visible, scale)
     seen = np.minimum(np.arange(queries) + 1, window).sum()
     flops, moved = 4.0 * heads * width * seen, float(q.dtype.itemsize * (2 * q.size + kv.size))
-    check = lambda found: _error(found[0][:, part], wanted)  # noqa: E731
+    check = lambda found: error(found[0][:, part], wanted)  # noqa: E731
     yield Operation("window, prefill", (q, kv), run, flops, moved, check)
 
     weights = draw(*q.shape)
     gradient = jax.grad(lambda q, kv: (run(q, kv)[0] * weights).sum(), (0, 1))
     exact = _exact_gradients(q[:, part], kv, visible, scale, weights[:, part])
     # The last entries are seen by the last queries alone, so that these say their gradient too.
-    check = lambda found: max(_error(found[0][:, part], exact[0]), _error(found[1][:, part], exact[1][:, part]))  # noqa: E731
+    check = lambda found: max(error(found[0][:, part], exact[0]), error(found[1][:, part], exact[1][:, part]))  # noqa: E731
     tolerance = {"float32": 1e-3, "bfloat16": 6e-2}
     name = "window, forward and backward"
     yield Operation(name, (q, kv), gradient, 3.5 * flops, 3 * moved, check, tolerance=tolerance)
@@ -177,7 +150,7 @@ def _paged_attention(
     wanted = _exact(q, kv, visible, scale)
     per_entry = sum(x.nbytes for x in pages.store.values()) / (rows * pages.capacity)
     moved = rows * seen * per_entry + 2 * q.nbytes
-    check = lambda found: _error(found[0], wanted)  # noqa: E731
+    check = lambda found: error(found[0], wanted)  # noqa: E731
     return Operation(name, (q, pages, choice), run, 4.0 * rows * heads * width * seen, moved, check)
 
 
@@ -196,28 +169,6 @@ def _paged_index(config: DeepseekV4Config, entries: int, rows: int, draw: Draw) 
     return Operation("index scores and top-k, decode", (queries, pages, weights, hi), run, flops, moved, check)
 
 
-def _experts(config: DeepseekV4Config, tokens: int, draw: Draw) -> Iterator[Operation]:
-    inner, outer, k = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
-    ids = np.argsort(draw.rng.random((tokens, EXPERTS)), -1)[:, : min(k, EXPERTS)]
-    groups = make_groups(jnp.asarray(ids, jnp.int32), EXPERTS, tile_rows(ids.size, EXPERTS))
-    x, weights = draw(tokens, inner), draw(EXPERTS, inner, outer, scale=inner**-0.5)
-    rows = spread(x, groups)
-    flops = 2.0 * ids.size * inner * outer
-    moved = float(x.dtype.itemsize * (ids.size * (inner + outer) + weights.size))
-    at = np.asarray(groups.row_of[0])
-    exact = lambda row, i: _wide(x[0]) @ _wide(weights[ids[0, i]])  # noqa: E731
-    wanted = np.stack([exact(row, i) for i, row in enumerate(at)])
-    run = lambda rows, weights: grouped_matmul(rows, weights, groups)  # noqa: E731
-    check = lambda found: _error(found[at], wanted)  # noqa: E731
-    yield Operation("experts, forward", (rows, weights), run, flops, moved, check)
-
-    cotangent = draw(rows.shape[0], outer)
-    gradient = jax.grad(lambda rows, weights: (run(rows, weights) * cotangent).sum(), (0, 1))
-    back = np.stack([_wide(cotangent[row]) @ _wide(weights[ids[0, i]]).T for i, row in enumerate(at)])
-    check = lambda found: _error(found[0][at], back)  # noqa: E731
-    yield Operation("experts, forward and backward", (rows, weights), gradient, 3 * flops, 3 * moved, check)
-
-
 def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) -> tuple[Pages, jax.Array]:
     """Pages of random entries, as many blocks as they need, and the entries as they are stored."""
     per_block = 32
@@ -234,10 +185,6 @@ def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) ->
 def _some(queries: int) -> slice:
     """The queries whose results are checked."""
     return slice(max(queries - 4, 0), queries)
-
-
-def _wide(x: Any) -> np.ndarray:
-    return np.asarray(x, np.float64)
 
 
 def _visible(kind: str, choice: tuple[jax.Array, ...], entries: int, part: slice) -> np.ndarray:
@@ -259,7 +206,7 @@ def _weights(q: np.ndarray, kv: np.ndarray, visible: np.ndarray, scale: float) -
 
 def _exact(q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float) -> np.ndarray:
     """The attention in float64."""
-    q64, kv64 = _wide(q), _wide(kv)
+    q64, kv64 = wide(q), wide(kv)
     return np.einsum("bqhn,bnk->bqhk", _weights(q64, kv64, visible, scale), kv64)
 
 
@@ -267,7 +214,7 @@ def _exact_gradients(
     q: jax.Array, kv: jax.Array, visible: np.ndarray, scale: float, d_out: jax.Array
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gradients of these queries, and what they add to those of the entries, in float64."""
-    q64, kv64, d64 = _wide(q), _wide(kv), _wide(d_out)
+    q64, kv64, d64 = wide(q), wide(kv), wide(d_out)
     weights = _weights(q64, kv64, visible, scale)
     d_weights = np.einsum("bqhk,bnk->bqhn", d64, kv64)
     d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True)) * scale
@@ -276,12 +223,8 @@ def _exact_gradients(
 
 
 def _exact_scores(queries: jax.Array, keys: jax.Array, weights: jax.Array) -> np.ndarray:
-    products = np.maximum(np.einsum("bqhd,bnd->bqhn", _wide(queries), _wide(keys)), 0)
-    return np.einsum("bqhn,bqh->bqn", products, _wide(weights))
-
-
-def _error(found: Any, wanted: np.ndarray) -> float:
-    return float(np.abs(_wide(found) - wanted).max() / np.abs(wanted).max())
+    products = np.maximum(np.einsum("bqhd,bnd->bqhn", wide(queries), wide(keys)), 0)
+    return np.einsum("bqhn,bqh->bqn", products, wide(weights))
 
 
 def _lost(chosen: Any, scores: np.ndarray) -> float:

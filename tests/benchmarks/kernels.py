@@ -26,7 +26,8 @@ import numpy as np
 from dsv4_jax.analysis.hardware import HARDWARE
 from dsv4_jax.presets import preset
 from tests.benchmarks.common import cpu_model, markdown
-from tests.benchmarks.kernel_operations import Operation, operations
+from tests.benchmarks.kernel_operations import operations
+from tests.benchmarks.operation import Operation
 
 COLUMNS = (
     "operation", "context", "ms", "TFLOP/s", "GB/s", "of roofline", "XLA takes", "dense mask takes", "error",

@@ -84,11 +84,13 @@ def test_v4_flash_weighs_packed_what_it_weighs_on_disk():
 
 @pytest.mark.parametrize(("format", "tile"), [("fp8", (128, 128)), ("fp8", (128, 24)), ("fp4", None)])
 @pytest.mark.parametrize("outputs", [96, 1272])
-def test_products_are_those_of_the_numbers(format, tile, outputs):
+def test_products_and_their_gradients_are_those_of_the_numbers(format, tile, outputs):
     packed, numbers = a_matrix(format, 2, 320, outputs, tile=tile)
     x = jnp.asarray(RNG.standard_normal((2, 7, 320)), jnp.float32)
     np.testing.assert_allclose(jax.jit(dense)(x, packed[1]), x @ numbers[1], rtol=0, atol=1e-4)
     np.testing.assert_allclose(jax.jit(dense_by_group)(x, packed), x @ numbers, rtol=0, atol=1e-4)
+    slope = jax.grad(lambda x, weight: jnp.sin(dense(x, weight) / 100).sum())
+    np.testing.assert_allclose(jax.jit(slope)(x, packed[1]), slope(x, numbers[1]), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["fp8", "fp4"])

@@ -7,30 +7,34 @@ import numpy as np
 
 THREADS = 128
 BINARY = {
-    "and.b32": np.bitwise_and, "xor.b32": np.bitwise_xor, "shr.u32": np.right_shift, "shl.b32": np.left_shift,
-    "max.s32": np.maximum, "add.s32": np.add, "mul.f32": np.multiply, "setp.ge.s32": np.greater_equal,
-    "setp.lt.s32": np.less, "div.u32": np.floor_divide, "rem.u32": np.remainder,
+    "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shr.u32": np.right_shift,
+    "shl.b32": lambda number, places: number << places & 0xFFFFFFFF, "max.s32": np.maximum, "add.s32": np.add,
+    "add.u32": np.add, "mul.f32": np.multiply, "setp.ge.s32": np.greater_equal, "setp.lt.s32": np.less,
+    "div.u32": np.floor_divide, "rem.u32": np.remainder,
 }  # fmt: skip
 
 
 class Machine:
-    """Registers of 128 threads, `shared` memory, and `memory` of 2^20-aligned global arrays.
-
-    Operands are the place of the tile, the first array, the thread, the other arrays, and numbers.
+    """Registers of 128 threads, shared memory, and 2^20-aligned global arrays.
 
     Attributes:
         shared: bytes.
         written: how often each byte of shared memory was written.
+        bank_conflicts: how many more times shared memory was read than without.
+        registers: of all threads, by name; `$0`, `$1`, .. among them.
+        arrays: the bytes of each.
     """
 
-    def __init__(self, arrays, shared_bytes, *numbers):
+    thread = np.arange(THREADS) + 2 * THREADS
+
+    def __init__(self, arrays, shared, operands):
+        """`shared` is how many bytes there are or the bytes; of `operands` None is the next array's address."""
         self.arrays = [np.ascontiguousarray(x).view(np.uint8).reshape(-1) for x in arrays]
-        self.shared, self.written = np.zeros(shared_bytes, np.uint8), np.zeros(shared_bytes, int)
-        addresses = [np.full(THREADS, (i + 1) << 20, np.int64) for i in range(len(arrays))]
-        index, *stored = addresses
-        self.operands = [np.zeros(THREADS, np.int64), index, np.arange(THREADS) + 2 * THREADS, *stored]
-        self.operands += [np.full(THREADS, number, np.int64) for number in numbers]
-        self.registers = {}
+        self.shared = np.zeros(shared, np.uint8) if isinstance(shared, int) else shared
+        self.written, self.bank_conflicts = np.zeros(self.shared.size, int), 0
+        addresses = (np.full(THREADS, (i + 1) << 20, np.int64) for i in range(len(arrays)))
+        given = (next(addresses) if x is None else x for x in operands)
+        self.registers = {f"${i}": np.broadcast_to(x, THREADS) for i, x in enumerate(given)}
 
     def run(self, text):
         for line in text.splitlines():
@@ -47,12 +51,28 @@ class Machine:
                 self.registers[to] = self.value(rest[0])
             case _ if name in BINARY:
                 self.registers[to] = BINARY[name](*map(self.value, rest))
+            case "prmt.b32":
+                low, high, order = map(self.value, rest)
+                choices = np.concatenate([x.astype(np.uint32)[:, None].view(np.uint8) for x in (low, high)], 1)
+                nibbles = order[:, None] >> 4 * np.arange(4) & 15
+                chosen = np.take_along_axis(choices, nibbles & 7, 1)
+                signs = np.where(chosen > 127, 255, 0).astype(np.uint8)
+                found = np.ascontiguousarray(np.where(nibbles > 7, signs, chosen))
+                self.registers[to] = found.view(np.uint32)[:, 0].astype(np.int64)
+            case "mul.rn.bf16x2":
+                a, b = (self.bytes_of(x, np.uint32).view(ml_dtypes.bfloat16) for x in rest)
+                self.registers[to] = (a * b).view(np.uint32)[:, 0].astype(np.int64)
             case "mad.lo.u32" | "mad.wide.u32":
                 a, b, c = map(self.value, rest)
                 self.registers[to] = a * b + c
             case "selp.b32":
                 a, b, chosen = map(self.value, rest)
                 self.registers[to] = np.where(chosen, a, b)
+            case "ld.shared.b32":
+                words = self.address(rest[0], 4) // 4
+                self.registers[to] = self.shared.view(np.uint32)[words].astype(np.int64)
+                for warp in words.reshape(-1, 32):  # of 32 banks each gives one word at a time
+                    self.bank_conflicts += np.bincount(np.unique(warp) % 32).max() - 1
             case "ld.global.b32":
                 self.registers[to] = self.read(rest[0], 4).view(np.int32)[:, 0].astype(np.int64)
             case "ld.global.u8":
@@ -78,6 +98,12 @@ class Machine:
             case "st.shared.v4.b32":
                 words = np.stack([self.value(x) for x in self.names(rest[0])], 1).astype(np.uint32)
                 self.write(to, words.view(np.uint8))
+            case "st.global.v2.b32" | "st.global.v4.f32":
+                dtype = np.uint32 if name.endswith("b32") else np.float32
+                words = np.stack([self.value(x) for x in self.names(rest[0])], 1).astype(dtype).view(np.uint8)
+                for address, row in zip(self.address(to, words.shape[1]), words, strict=True):
+                    offset = address & ((1 << 20) - 1)
+                    self.arrays[(address >> 20) - 1][offset : offset + row.size] = row
             case "cp.async.cg.shared.global":
                 source, size, read = rest
                 assert size == "16"
@@ -89,9 +115,7 @@ class Machine:
                 raise NotImplementedError(name)
 
     def value(self, text):
-        if text.startswith("$"):
-            return self.operands[int(text[1:])]
-        return self.registers[text] if text in self.registers else np.full(THREADS, int(text))
+        return self.registers[text] if text in self.registers else np.full(THREADS, int(text, 0))
 
     def bytes_of(self, text, dtype):
         return self.value(text).astype(dtype)[:, None].view(np.uint8)

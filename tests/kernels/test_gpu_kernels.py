@@ -88,7 +88,7 @@ def test_each_thread_copies_its_bytes_of_the_chosen_entries(width):
     rng = np.random.default_rng(width)
     entries = rng.normal(size=(50, width)).astype(ml_dtypes.bfloat16)
     index = rng.integers(-10, 50, 64).astype(np.int32)
-    machine = Machine([index, entries], 128 * width).run(gpu_fetch.plain_ptx(width))
+    machine = Machine([index, entries], 128 * width, [0, None, Machine.thread, None]).run(gpu_fetch.plain_ptx(width))
     assert (machine.written == 1).all()
     np.testing.assert_array_equal(unswizzled(machine.shared, width), np.where(index[:, None] < 0, 0, entries[index]))
 
@@ -101,7 +101,8 @@ def test_each_thread_decodes_its_numbers_of_the_chosen_entries(width):
     stored = storage.encode(entries)
     index = rng.integers(-10, 50, 64).astype(np.int32)
     arrays = [index, *(np.asarray(stored[name]) for name in ("values", "scales", "rope"))]
-    machine = Machine(arrays, 128 * width).run(gpu_fetch.fp8_ptx(width - 64))
+    operands = [0, None, Machine.thread, None, None, None]
+    machine = Machine(arrays, 128 * width, operands).run(gpu_fetch.fp8_ptx(width - 64))
     decoded = np.asarray(storage.decode(stored, jnp.bfloat16))
     assert (machine.written == 1).all()
     np.testing.assert_array_equal(unswizzled(machine.shared, width), np.where(index[:, None] < 0, 0, decoded[index]))

@@ -171,7 +171,8 @@ def test_each_thread_copies_its_bytes_of_a_run(stored, width):
         encoded = storage.encode(rows)
         contents = [np.asarray(encoded[name]) for name in ("values", "scales", "rope")]
         rows, text = storage.decode(encoded, jnp.bfloat16), gpu_fetch.fp8_ptx(width - 64, per_block)
-    machine = Machine([blocks, *contents], 128 * width, first, end).run(text)
+    operands = [0, None, Machine.thread, *(None,) * len(contents), first, end]
+    machine = Machine([blocks, *contents], 128 * width, operands).run(text)
     entry = np.minimum(np.arange(first, first + 64), end)
     wanted = np.asarray(rows)[blocks[entry // per_block] + entry % per_block]
     wanted = np.where((entry < end)[:, None], wanted, np.zeros((), ml_dtypes.bfloat16))

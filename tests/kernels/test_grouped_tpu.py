@@ -1,15 +1,17 @@
 """The TPU kernels of the grouped matmul in interpret mode, against one gathered matrix per row."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from packing import pack, with_every_code
 
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.grouped_matmul import grouped_matmul, make_groups, reference, tpu
-from dsv4_jax.quantization.formats import quantise_fp4, quantise_fp8_tiles
-from dsv4_jax.quantization.packed import Packed
+from dsv4_jax.kernels.packed_matmul import as_experts
 
 INTERPRET = pltpu.InterpretParams()
 EXPERTS, TILE = 4, 8
@@ -56,18 +58,11 @@ def test_products_and_both_gradients_equal_the_reference(name, dtype):
 def test_packed_experts_are_undone_in_the_kernel(format):
     """Among the values is every code of the format."""
     rows, numbers, groups, _ = operands(IDS["two experts without rows"], 256, 128)
-    turned = np.asarray(numbers).swapaxes(-1, -2)
-    values, scales = quantise_fp8_tiles(turned) if format == "fp8" else quantise_fp4(turned)
-    bits = values.view(np.uint8).swapaxes(-1, -2).copy()
-    codes = np.arange(256, dtype=np.uint8)
-    bits[1, :, 0] = np.where(codes & 127 == 127, 0, codes)[: bits.shape[1]]
-    bits[2, :, 0] = np.where(codes & 127 == 127, 0, codes)[-bits.shape[1] :]
-    tile = (128, 128) if format == "fp8" else (32, 1)
-    packed = Packed(jnp.asarray(bits), jnp.asarray(scales.view(np.uint8).swapaxes(-1, -2)), format, tile, "bfloat16")
+    packed = with_every_code(pack(numbers, format))
     assert tpu.supports(rows, packed, groups) and not tpu.supports(rows, packed, groups, transposed=True)
     wanted = reference.grouped_matmul(rows, packed.astype(jnp.float32), groups)
     close(tpu.forward(rows, packed, groups, interpret=INTERPRET), wanted, "float32")
-    found = tpu.packed_product(rows[:3], packed[1], interpret=INTERPRET)
+    found = as_experts(rows[:3], packed[1], partial(tpu.forward, interpret=INTERPRET))
     close(found, rows[:3] @ packed[1].astype(jnp.float32), "float32")
 
 

@@ -25,7 +25,7 @@ def grouped_matmul(rows: jax.Array, weights: jax.Array | Packed | OfStack, group
 
     Args:
         rows: [R, I], laid out by `groups`; padding rows are zero.
-        weights: [E, I, O]; packed ones are undone an expert at a time, on TPUs inside the kernel.
+        weights: [E, I, O]; packed ones are undone an expert at a time, on TPUs and Hopper GPUs inside the kernel.
         groups: from `make_groups`.
 
     Returns:

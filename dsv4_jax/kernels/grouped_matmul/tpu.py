@@ -220,18 +220,6 @@ def _visits(groups: Groups, experts: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return jnp.clip(tile, 0, tiles - 1), expert, (place < counts[expert]).astype(jnp.int32)
 
 
-def packed_product(x: jax.Array, weight: Packed, interpret: Any = False) -> jax.Array:
-    """[N, I] x packed [I, O] -> float32 [N, O]: all rows are of one expert."""
-    count = len(x)
-    tile = min(128, -(-count // 16) * 16)
-    rows = jnp.pad(x, ((0, -count % tile), (0, 0)))
-    tiles = len(rows) // tile
-    one = jax.tree.map(lambda leaf: leaf[None], weight)
-    numbers = jnp.arange(len(rows), dtype=jnp.int32)
-    groups = Groups(numbers[:, None], numbers, jnp.zeros(tiles, jnp.int32), jnp.int32(tiles))
-    return forward(rows, one, groups, dtype=jnp.float32, interpret=interpret)[:count]
-
-
 def _cost(rows: jax.Array, outer: int, others: Any, written: int, times: int) -> pl.CostEstimate:
     """Of a product with all tiles in use, for the compiler: rows are read `times` times, everything else once."""
     read = rows.nbytes * times + sum(other.nbytes for other in others)

@@ -21,7 +21,7 @@ from dsv4_jax.cli import compile_programs as programs
 from dsv4_jax.cli import main
 from dsv4_jax.cli.compile import default_meshes
 from dsv4_jax.cli.compile_report import as_json
-from dsv4_jax.config import CSA
+from dsv4_jax.config import CSA, HCA
 from dsv4_jax.errors import UserError
 from dsv4_jax.kernels.platforms import compiling_for
 from dsv4_jax.layers.moe import MoE
@@ -255,6 +255,32 @@ def test_decoding_a_few_sequences_sums_over_the_owners_of_experts_and_gathers_no
     router = ONE_BLOCK.hidden_size, ONE_BLOCK.n_routed_experts
     assert not [shape for shape in found["gathered"] if ONE_BLOCK.vocab_size in shape or shape[-2:] == router]
     assert "h200" in target or (found["memory"]["program"] > 0 and found["compiler_flops"] > 0)
+
+
+# Entries, keys and blocks of the release, two experts a device, three times a CSA and an HCA layer in a scan.
+DEEP = TINY.replace(
+    num_hidden_layers=6, layer_types=(CSA, HCA) * 3, compress_ratios=(4, 128) * 3, num_nextn_predict_layers=0,
+    num_hash_layers=0, hidden_size=256, head_dim=512, qk_rope_head_dim=64, index_head_dim=128, index_topk=64,
+    n_routed_experts=4, moe_intermediate_size=16384,
+)  # fmt: skip
+
+
+def deep_decode(target: str, cache_format: str) -> dict[str, int]:
+    """The memory of decoding four sequences of 128K tokens with DEEP."""
+    machine, chosen = parse_target(target), find_strategy("expert-tensor")
+    mesh = make_mesh({"expert": 2, "data": 2}, machine.devices())
+    setting = programs.Setting(DEEP, mesh, chosen, MeshPartition(mesh, chosen), 4, 131072)
+    found = compile_for(programs.decode_program(setting, cache_format), machine, mesh)
+    return {"temporary": found.memory.temporary, "cache": found.memory.parts["cache"]}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("target", "most"), [("v5e:2x2", 25e6), ("h200:1x4", 50e6)])
+@pytest.mark.parametrize("cache_format", ["deployed", "bfloat16"])
+def test_decoding_copies_neither_the_cache_nor_a_layers_experts(target, most, cache_format):
+    """Pools by part took 448 MB on the v5e, experts sliced out of their stacks 90 MB on the H200."""
+    found = on_devices(1, deep_decode, target, cache_format)
+    assert found["cache"] > 130e6 and found["temporary"] < most, found
 
 
 def moe_program(target: str) -> str:

@@ -85,7 +85,7 @@ class InWords:
     """One array of 32-bit words, whole rows of 128 of them.
 
     The words of an entry are cut into pieces of 128, 64, 32, .. words, and pieces of one size fill rows: 146 words into
-    128, 16 and 4 (two of them unused), so that 32 entries take 32, 4 and 1 row, and three stay empty.
+    128 and 32 (of which 18 are used), so that 32 entries take 32 rows and 8.
 
     A TPU keeps narrow and 8-bit arrays in layouts that differ from one operation to the next, and would copy whole
     pools between them in every layer. Rows of words have one layout, which is dense, and a row is what a DMA moves.
@@ -103,11 +103,18 @@ class InWords:
 
     @property
     def pieces(self) -> list[Piece]:
-        """How the words of an entry are cut."""
-        least = 1
-        while least * self.per_block < LANES and least < LANES:
-            least *= 2
+        """How the words of an entry are cut: into as few rows of a block as can be, and then into few pieces."""
         words = sum(_words(part) for part in self.widths.values())
+        ways = [self._cut(words, least) for least in (1, 2, 4, 8, 16, 32, 64, LANES)]
+        return min(ways, key=lambda pieces: (self._rows(pieces), len(pieces)))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return self._rows(self.pieces)
+
+    def _cut(self, words: int, least: int) -> list[Piece]:
+        """Pieces of 128 words, then smaller ones down to `least`, where the last one may not be full."""
         start, row, pieces = 0, 0, []
         while start < words:
             size = LANES
@@ -117,11 +124,8 @@ class InWords:
             start, row = start + size, row - (-self.per_block * size // LANES)
         return pieces
 
-    @property
-    def rows(self) -> int:
-        """Rows of a block."""
-        last = self.pieces[-1]
-        rows = last.row - (-self.per_block * last.size // LANES)
+    def _rows(self, pieces: list[Piece]) -> int:
+        rows = sum(-(-self.per_block * piece.size // LANES) for piece in pieces)
         return rows if rows < FEW_ROWS else -(-rows // SUBLANES) * SUBLANES
 
     def zeros(self, layers: int, blocks: int) -> Stored:

@@ -57,10 +57,10 @@ def test_a_block_beyond_the_last_is_not_written(kind):
 
 
 def test_what_a_block_weighs():
-    """146 words of an entry lie in 128 + 16 + 4, 17 of an index key in 16 + 4; one entry a block takes whole rows."""
+    """146 words of an entry lie in 128 + 32, 17 of an index key in 16 + 1; one entry a block takes whole rows."""
     entry, key, alone = InWords(ENTRY, 32), InWords(KEY, 32), InWords(ENTRY, 1)
-    assert [(p.start, p.size, p.row) for p in entry.pieces] == [(0, 128, 0), (128, 16, 32), (144, 4, 36)]
-    assert (entry.rows, key.rows, alone.rows) == (32 + 4 + 1 + 3, 4 + 1, 2)
+    assert entry.pieces == [(0, 128, 0), (128, 32, 32)] and key.pieces == [(0, 16, 0), (16, 1, 4)]
+    assert (entry.rows, key.rows, alone.rows) == (32 + 8, 4 + 1, 2)
     assert entry.zeros(1, 1)["words"].shape == (1, 1, 40, 128) and key.zeros(1, 1)["words"].shape == (1, 1, 640)
     stored = sum(x.nbytes for pool in (entry, key) for x in jax.tree.leaves(pool.zeros(1, 1)))
     assert stored / (32 * (583 + 68)) == pytest.approx(1.106, abs=1e-3)  # of the bytes that the format needs

@@ -8,7 +8,7 @@ AOT_VENV ?= .venv-aot
 AOT_BIN := $(AOT_VENV)/bin
 AOT_READY := $(AOT_VENV)/.ready
 
-.PHONY: help train test lint types slow reference aot benchmark clean
+.PHONY: help train test lint types slow reference aot aot-slow benchmark clean
 
 help:
 	@echo "make train      train the nano model on real text (about 10 minutes on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make slow       the slow tests, and those of inference on programs compiled as users compile them"
 	@echo "make reference  the comparison with PyTorch implementations (installs torch and transformers)"
 	@echo "make aot        what compiles for TPUs and GPUs that are not here (installs their compilers; Linux on x86-64)"
+	@echo "make aot-slow   the same for whole models and further chips"
 	@echo "make benchmark  training and inference speed against transformers (installs them too)"
 
 define new_venv
@@ -47,6 +48,9 @@ types: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -q -m 'slow and not aot'
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -q tests/inference
+
+aot-slow: $(AOT_READY)
+	$(AOT_BIN)/python -m pytest -q -m 'aot and slow'
 
 $(VENV)/.reference: $(READY)
 	$(BIN)/python -m pip install --quiet torch==2.13.0

@@ -102,7 +102,7 @@ def test_a_fork_that_cannot_be_is_refused_in_words(params):
 # Documents and agents
 
 
-@pytest.mark.parametrize("format", ["float32", "deployed"])
+@pytest.mark.parametrize("format", [pytest.param("float32", marks=pytest.mark.slow), "deployed"])
 def test_ten_agents_weigh_the_blocks_once_and_ten_states(params, format):
     plan = cache_plan(TINY, format)
     pool = pool_of(4 + 10, format)  # the document's, and one of each agent for what it adds

@@ -137,7 +137,7 @@ def test_one_gpu_with_warpgroup_products(capabilities, expected, monkeypatch):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("chip", ["h100", "h200"])
+@pytest.mark.parametrize("chip", [pytest.param("h100", marks=pytest.mark.slow), "h200"])
 @pytest.mark.parametrize(("length", "heads"), [(64, 128), (1, 64)], ids=["prefill", "decode"])
 def test_the_kernels_compile_for_hopper(chip, length, heads):
     lse = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)

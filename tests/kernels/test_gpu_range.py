@@ -231,7 +231,7 @@ def test_windows_and_ranges_take_the_kernels_on_hopper(monkeypatch):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("chip", ["h100", "h200"])
+@pytest.mark.parametrize("chip", [pytest.param("h100", marks=pytest.mark.slow), "h200"])
 @pytest.mark.parametrize(("length", "heads"), [(256, 128), (1, 64)], ids=["prefill", "decode"])
 @pytest.mark.parametrize("band", [window_band(128), DENSE], ids=["window", "dense"])
 def test_the_kernels_compile_for_hopper(chip, length, heads, band, monkeypatch, capfd):

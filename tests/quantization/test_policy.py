@@ -157,6 +157,7 @@ def test_a_deployed_cache_keeps_what_the_policy_rounded():
         np.testing.assert_array_equal(storage.decode(storage.encode(rounded), jnp.float32), rounded)
 
 
+@pytest.mark.slow
 def test_decoding_under_a_policy_is_the_forward_under_it():
     policy, params = precision_policy("v4", TINY), random_params(TINY)
     params, tokens = jax.jit(partial(policy.weights, FACTS))(params), jnp.asarray(random_tokens(length=20))

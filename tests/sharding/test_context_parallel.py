@@ -46,7 +46,7 @@ def test_outputs_choices_losses_and_gradients_of_every_kind_of_layer_are_those_o
 
 @pytest.mark.parametrize(
     ("packed", "contexts", "gradient"),
-    [(False, [8], False), (True, [2], False), (True, [4], True)],
+    [(False, [8], False), (True, [2], False), pytest.param(True, [4], True, marks=pytest.mark.slow)],
     ids=["plain rows", "packs", "gradients of packs"],
 )
 def test_the_whole_model_is_that_of_one_device(packed, contexts, gradient):

@@ -89,6 +89,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step_counter(step, br
     assert bits(state[1:]) == before
 
 
+@pytest.mark.slow
 def test_the_guard_works_on_sharded_parameters():
     """Two devices, a NaN on one of them; in a process of its own, with one block."""
     script = """
@@ -391,6 +392,7 @@ def test_the_experts_of_the_mode_are_those_of_older_parameters(home, spiked):
     assert losses[10] == loss[13] != losses[12]
 
 
+@pytest.mark.slow
 def test_a_run_without_delay_is_bitwise_the_ordinary_run(run, home, monkeypatch):
     """The fault spoils a loss, not the parameters; the mode with delay 0 then changes nothing."""
     expected = run("calm")["params"]

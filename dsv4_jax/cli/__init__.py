@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         restart_with_huge_pages()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    for handler in logging.root.handlers:
+        handler.addFilter(_worth_saying)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -65,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, FileNotFoundError, FileExistsError) as error:
         print(f"dsv4 {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Of what the libraries below log only warnings: JAX would name every backend that is not here."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in ("absl", "jax")
 
 
 def usage() -> str:

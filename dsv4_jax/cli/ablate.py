@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,8 +52,6 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("name one recipe (dsv4 ablate recall) or one file (dsv4 ablate --recipe FILE)")
     if asked.seeds < 1:
         raise UserError(f"--seeds is {asked.seeds}: at least 1 is needed")
-    for talkative in ("absl", "jax"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from train.ablation import variants
     from train.ablation_run import ablate

@@ -67,8 +67,6 @@ def main(arguments: Sequence[str]) -> None:
     for file in asked.text:
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no file {file}")
-    for talkative in ("absl", "jax"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
     write(asked, out)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +42,6 @@ def main(arguments: Sequence[str]) -> None:
     asked = tyro.cli(Claims, args=list(arguments), prog="dsv4 claims", description=DESCRIPTION)
     if asked.seeds < 1:
         raise UserError(f"--seeds is {asked.seeds}: at least 1 is needed")
-    for talkative in ("absl", "jax"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from train.checkpointing import CheckpointError
     from train.claims import measure_claims

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +88,6 @@ def write(asked: Convert, out: Path) -> None:
     """Convert to the folder `out`; says what was written."""
     from dsv4_jax.checkpoint import convert, save
 
-    for talkative in ("absl", "jax"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
     source = Path(asked.checkpoint).expanduser()
     if source.is_dir() and (any(source.glob("*.safetensors")) or any(source.glob("*.safetensors.index.json"))):
         convert(source, out, asked.scheme, asked.quantise, dtype=asked.dtype)

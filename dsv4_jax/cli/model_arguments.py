@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -68,8 +67,6 @@ class ModelArguments:
         Raises:
             UserError: when there is no such model, or no tokenizer for it.
         """
-        for talkative in ("absl", "jax"):
-            logging.getLogger(talkative).setLevel(logging.WARNING)
         from dsv4_jax.api import load
         from dsv4_jax.inference.generate import Engine
         from dsv4_jax.quantization.packed import packed_arrays

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,8 +76,6 @@ def main(arguments: Sequence[str]) -> None:
     recipe = find_recipe(asked.name or asked.recipe or "", settings)
     if asked.show:
         return show(recipe)
-    for talkative in ("absl", "jax"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from sharding.distributed import job
 

@@ -2,7 +2,8 @@
 
 Random operands, rounded to FP4 as the release rounds them, at the width of V4's indexer: scores whose best lie
 scattered, seen by every query whole. With RUN, a run of `dsv4 train` or a checkpoint with a tokenizer, also the
-operands of each of its indexers on the project's own documents, and the attention's mass on the chosen entries.
+operands of each of its indexers on the project's own documents, the attention's mass on the chosen entries, and how
+far neighbouring queries agree: how many entries a tile of queries chooses together, in units of k.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ SEARCHES = {"exact": Search(), "BF16 scores": Search(bf16=True)} | {
     f"two levels, {n} candidates a place": Search(candidates=n) for n in (16, 8, 4)
 }
 COLUMNS = ("operands", "entries", "k", "search", "chosen entries kept", "mass, exact = 100%", "time, exact = 1")
+TILES = (2, 4, 8, 16)  # queries that could fetch their entries together
+UNIONS = ("operands", "entries", "k", *(f"{tile} queries" for tile in TILES))
 QUERIES = 64  # looked at together: early queries, which see little, would make the search of later ones exact
 
 
@@ -40,7 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="length of each document")
     parser.add_argument("--turns", type=int, default=3, help="of each search; the fastest counts")
     options = parser.parse_args()
-    rows = []
+    rows, unions = [], []
     for entries in options.entries:
         operands, bounds = random_case(entries)
         rows += compared("random", operands, bounds, None, options.k, options.turns)
@@ -48,7 +51,10 @@ def main() -> None:
         for name, operands, bounds, mass, topk in trained_cases(options.run, options.tokens):
             for k in (topk, topk // 8):  # two levels act where the entries are many times k
                 rows += compared(name, operands, bounds, mass, k, options.turns)
+                unions.append([name, f"{operands.keys.shape[1]:,}", str(k), *chosen_together(operands, bounds, k)])
     print(machine(False) + "\n\n" + markdown(COLUMNS, rows))
+    if unions:
+        print("\n" + markdown(UNIONS, unions))
 
 
 def random_case(entries: int) -> tuple[IndexOperands, jax.Array]:
@@ -99,6 +105,24 @@ def compared(
         entries = f"{operands.keys.shape[1]:,}"
         rows.append([name, entries, str(k), label, f"{kept:.2%}", share, f"{seconds / unit:.2f}"])
     return rows
+
+
+def chosen_together(operands: IndexOperands, bounds: jax.Array, k: int) -> list[str]:
+    """For each size of tile the entries that its queries choose together over k, and over what chance would give.
+
+    Tiles count whose queries see four times as many entries as they choose.
+    """
+    found, _ = choose(operands, bounds, k, Search(), 1)
+    seen = np.asarray(bounds[..., 1] - bounds[..., 0])
+    cells = []
+    for size in TILES:
+        cut = lambda x, size=size: x[:, : x.shape[1] // size * size].reshape(-1, size, *x.shape[2:])  # noqa: E731
+        tiles, visible = cut(found), cut(seen)
+        wide = visible.min(1) >= 4 * k
+        together = np.mean([len(np.unique(tile)) / k for tile in tiles[wide]])
+        n = visible[wide].mean()
+        cells.append(f"{together:.1f} (chance {n / k * (1 - (1 - k / n) ** size):.1f})")
+    return cells
 
 
 def choose(operands, bounds, k, search, turns) -> tuple[np.ndarray, float]:

@@ -44,7 +44,10 @@ class Pool(Protocol):
         ...
 
     def write(self, store: Stored, entries: Stored, layer: jax.Array, blocks: jax.Array, slots: jax.Array) -> Stored:
-        """The pool with `entries`, parts [B, T, width], at `slots` of `blocks` [B, T]; none beyond the last block."""
+        """The pool with `entries`, parts [B, T, width], at `slots` of `blocks` [B, T]; none beyond the last block.
+
+        Those of a row that are written follow one another in its sequence.
+        """
         ...
 
 
@@ -155,24 +158,37 @@ class InWords:
         return self._parts(_cat(found))
 
     def write(self, store: Stored, entries: Stored, layer: jax.Array, blocks: jax.Array, slots: jax.Array) -> Stored:
-        """See `Pool`; one entry after the other, in place."""
+        """See `Pool`; one block after the other, in place."""
+        x, (batch, count), size = store["words"], blocks.shape, self.per_block
+        written = blocks < x.shape[1]
+        # Written entries follow one another: entry t of a row is at place shift + t of the blocks that it writes into.
+        shift = jnp.where(written, (slots - jnp.arange(count)) % size, 0).max(1, keepdims=True)
+        columns = (count + size - 2) // size + 1
+        entry = jnp.arange(columns * size) - shift
+        at = jnp.clip(entry, 0, count - 1)
+        here = (entry == at) & jnp.take_along_axis(written, at, 1)
+        owner = jnp.where(here, jnp.take_along_axis(blocks, at, 1), 0).reshape(-1, size).max(1)
         words = _cat([_to_words(entries[name]) for name in self.widths])
-        words = words.reshape(-1, words.shape[-1])
-        blocks, slots = blocks.reshape(-1), slots.reshape(-1)
+        laid = jnp.take_along_axis(words, at[..., None], 1).reshape(batch * columns, size, -1)
+        mine = jnp.broadcast_to(here.reshape(-1, size, 1), laid.shape)
+        new, mine = (self._in_rows(part).reshape(-1, 1, 1, *x.shape[2:]) for part in (laid, mine))
 
         def put(i: jax.Array, x: jax.Array) -> jax.Array:
-            for start, size, first in self.pieces:
-                share = LANES // size
-                piece = words[i, start : start + size]
-                piece = jnp.tile(jnp.pad(piece, (0, size - piece.shape[0])), share)
-                mine = (jnp.arange(LANES) // size == slots[i] % share) & (blocks[i] < x.shape[1])
-                place = self._place(x, layer, blocks[i], first + slots[i] // share)
-                window = (1,) * (x.ndim - 1) + (LANES,)
-                held = jax.lax.dynamic_slice(x, place, window)
-                x = jax.lax.dynamic_update_slice(x, jnp.where(mine, piece, held.reshape(-1)).reshape(window), place)
-            return x
+            place = layer, owner[i], *(jnp.zeros_like(owner[i]),) * (x.ndim - 2)
+            held = jax.lax.dynamic_slice(x, place, new.shape[1:])
+            return jax.lax.dynamic_update_slice(x, jnp.where(mine[i], new[i], held), place)
 
-        return {"words": jax.lax.fori_loop(0, blocks.size, put, store["words"])}
+        return {"words": jax.lax.fori_loop(0, batch * columns, put, x)}
+
+    def _in_rows(self, words: jax.Array) -> jax.Array:
+        """The words of whole blocks' entries, [N, E, n] of any dtype -> [N, rows, 128]."""
+        rows = []
+        for start, size, _ in self.pieces:
+            piece = words[..., start : start + size]
+            piece = jnp.pad(piece, ((0, 0), (0, 0), (0, size - piece.shape[-1]))).reshape(len(words), -1)
+            rows.append(jnp.pad(piece, ((0, 0), (0, -piece.shape[1] % LANES))).reshape(len(words), -1, LANES))
+        found = jnp.concatenate(rows, axis=1)
+        return jnp.pad(found, ((0, 0), (0, self.rows - found.shape[1]), (0, 0)))
 
     def _row(self, x: jax.Array, layer: jax.Array, blocks: jax.Array, rows: jax.Array) -> jax.Array:
         """Rows `rows` of `blocks`, [.., 128]."""
@@ -180,11 +196,6 @@ class InWords:
             return x[layer, blocks, rows]
         whole = x[layer, blocks].reshape(*blocks.shape, self.rows, LANES)
         return jnp.take_along_axis(whole, rows[..., None, None], axis=-2)[..., 0, :]
-
-    def _place(self, x: jax.Array, layer: jax.Array, block: jax.Array, row: jax.Array) -> tuple[jax.Array, ...]:
-        """Where a row begins; a block beyond the last is taken for the last."""
-        within = (row, jnp.zeros_like(row)) if x.ndim == 4 else (row * LANES,)
-        return layer.astype(row.dtype), jnp.minimum(block, x.shape[1] - 1), *within
 
     def _parts(self, words: jax.Array) -> Stored:
         """Words [.., n] of entries -> their parts."""

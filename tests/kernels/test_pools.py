@@ -18,16 +18,19 @@ STORAGES = [ENTRY, KEY, Fp8WithRope(24, 8), Fp4(8), Plain(20, "float32"), Plain(
 
 
 def filled(pool, seed):
-    """Every entry of every block written, in two writes of an odd order; the pool and what was written."""
+    """Every entry of every block written, a sequence of blocks in some order, in parts of odd lengths."""
     rng = np.random.default_rng(seed)
-    places = rng.permutation(BLOCKS * pool.per_block)
-    entries = jnp.asarray(rng.normal(size=(len(places), pool.storage.width)), jnp.float32)
-    store = pool.zeros(LAYERS, BLOCKS)
-    half = len(places) // 2
-    for part in (slice(None, half), slice(half, None)):
-        at = jnp.asarray(places[part], jnp.int32)[None]
-        encoded = pool.storage.encode(entries[part][None])
-        store = pool.write(store, encoded, jnp.int32(1), at // pool.per_block, at % pool.per_block)
+    blocks, size = rng.permutation(BLOCKS), pool.per_block
+    entries = jnp.asarray(rng.normal(size=(BLOCKS * size, pool.storage.width)), jnp.float32)
+    encoded, store = pool.storage.encode(entries[None]), pool.zeros(LAYERS, BLOCKS)
+    length = 2 * size + 1
+    for start in range(0, len(entries), length):
+        place = np.arange(start - 1, start + length)  # the first is not written
+        known = np.clip(place, 0, len(entries) - 1)
+        skip = (place < start) | (place >= len(entries))
+        to = jnp.asarray(np.where(skip, BLOCKS, blocks[known // size]), jnp.int32)[None]
+        part = {name: x[:, known] for name, x in encoded.items()}
+        store = pool.write(store, part, jnp.int32(1), to, jnp.asarray(place % size, jnp.int32)[None])
     return store
 
 
@@ -71,7 +74,7 @@ def test_pages_find_their_entries():
     tables = jnp.asarray([[3, 0, 4], [1, 2, 2]], jnp.int32)
     pages = Pages(pool.zeros(LAYERS, BLOCKS), jnp.int32(1), tables, pool)
     entries = jax.random.normal(jax.random.key(0), (2, 8, 512))
-    index = jnp.asarray([[0, 1, 2, 3, 4, 5, 6, -1], [0, 1, 2, 3, -1, -1, 4, 5]], jnp.int32)
+    index = jnp.asarray([[0, 1, 2, 3, 4, 5, 6, -1], [-1, -1, 0, 1, 2, 3, 4, 5]], jnp.int32)
     pages = pages.write(index, entries)
     rounded = ENTRY.decode(ENTRY.encode(entries), jnp.float32)
     got = pages.read_entries(jnp.maximum(index, 0), jnp.float32)

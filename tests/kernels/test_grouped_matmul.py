@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing import pack
 
 from dsv4_jax.kernels.chunks import materialise
-from dsv4_jax.kernels.grouped_matmul import collect, grouped_matmul, make_groups, reference, spread
+from dsv4_jax.kernels.grouped_matmul import OfStack, collect, grouped_matmul, make_groups, reference, spread
 
 pytestmark = pytest.mark.optimized
 
@@ -87,6 +88,28 @@ def test_gradients_of_rows_and_weights_equal_autodiff_of_the_reference():
     ours, theirs = (jax.grad(loss(m), (0, 1))(rows, weights) for m in (grouped_matmul, reference.grouped_matmul))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", [None, "fp8", "fp4"])
+def test_experts_in_their_stack_give_what_the_layers_own_give(format):
+    """To the bit, for every layer and for experts by number too."""
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.normal(size=(3, 4, 128, 128)), jnp.float32)
+    stack = weights if format is None else pack(weights, format)
+    ids = jnp.asarray(random_ids(rng, 9, 2, 4))
+    x = jnp.asarray(rng.normal(size=(9, 128)), jnp.float32)
+
+    @jax.jit
+    def run(experts):
+        groups = make_groups(ids, 4, 8)
+        return collect(grouped_matmul(spread(x, groups), experts, groups), groups), experts[jnp.int32(2)].astype(
+            x.dtype
+        )
+
+    for layer in range(3):
+        held = OfStack(stack, jnp.int32(layer))
+        assert len(held) == 4 and held[...] is held
+        jax.tree.map(np.testing.assert_array_equal, run(held), run(stack[layer]))
 
 
 def test_materialise_is_the_identity_not_a_number_included():

@@ -22,6 +22,7 @@ class Hardware:
 
     Attributes:
         name: as `--hardware` and compile targets spell it.
+        kind: gpu or tpu.
         hbm_bytes: memory capacity.
         hbm_bandwidth: bytes per second.
         bf16_flops: dense peak of BF16 products per second.
@@ -35,6 +36,7 @@ class Hardware:
     """
 
     name: str
+    kind: Literal["gpu", "tpu"]
     hbm_bytes: float
     hbm_bandwidth: float
     bf16_flops: float
@@ -44,6 +46,11 @@ class Hardware:
     network_bandwidth: float
     chips_per_host: int
     devices_per_chip: int = 1
+
+    @property
+    def in_words(self) -> bool:
+        """Whether caches keep their blocks as rows of words here (`kernels.pools`)."""
+        return self.kind == "tpu"
 
     def peak(self, operand: Operand) -> float:
         """FLOP/s of products of `operand`; float32 runs at half the BF16 rate (TF32 on GPUs, passes on TPUs)."""
@@ -55,13 +62,13 @@ GIB = 2**30
 HARDWARE: dict[str, Hardware] = {
     chip.name: chip
     for chip in (
-        Hardware("h100", 80e9, 3.35e12, 989e12, 1979e12, 1979e12, 450e9, 50e9, 8),
-        Hardware("h200", 141e9, 4.8e12, 989e12, 1979e12, 1979e12, 450e9, 50e9, 8),
-        Hardware("b200", 180e9, 8e12, 2250e12, 4500e12, 9000e12, 900e9, 50e9, 8),
-        Hardware("v5e", 16 * GIB, 819e9, 197e12, 197e12, 197e12, 200e9, 3.125e9, 8),
-        Hardware("v5p", 95 * GIB, 2765e9, 459e12, 459e12, 459e12, 600e9, 6.25e9, 4),
-        Hardware("v6e", 32 * GIB, 1638e9, 918e12, 918e12, 918e12, 400e9, 12.5e9, 4),
-        Hardware("tpu7x", 192 * GIB, 7380e9, 2307e12, 4614e12, 4614e12, 600e9, 12.5e9, 4, 2),
+        Hardware("h100", "gpu", 80e9, 3.35e12, 989e12, 1979e12, 1979e12, 450e9, 50e9, 8),
+        Hardware("h200", "gpu", 141e9, 4.8e12, 989e12, 1979e12, 1979e12, 450e9, 50e9, 8),
+        Hardware("b200", "gpu", 180e9, 8e12, 2250e12, 4500e12, 9000e12, 900e9, 50e9, 8),
+        Hardware("v5e", "tpu", 16 * GIB, 819e9, 197e12, 197e12, 197e12, 200e9, 3.125e9, 8),
+        Hardware("v5p", "tpu", 95 * GIB, 2765e9, 459e12, 459e12, 459e12, 600e9, 6.25e9, 4),
+        Hardware("v6e", "tpu", 32 * GIB, 1638e9, 918e12, 918e12, 918e12, 400e9, 12.5e9, 4),
+        Hardware("tpu7x", "tpu", 192 * GIB, 7380e9, 2307e12, 4614e12, 4614e12, 600e9, 12.5e9, 4, 2),
     )
 }
 

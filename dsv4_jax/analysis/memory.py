@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dsv4_jax.baseline import cached_numbers, refuse_baselines
 from dsv4_jax.config import CSA, DeepseekV4Config, LayerSpec
 from dsv4_jax.errors import UserError
+from dsv4_jax.kernels.rows import LANES, WORD, rows_of, words_of
 from dsv4_jax.layer_plan import BASELINE_KINDS
 
 FORMATS = ("float32", "bfloat16", "deployed")
@@ -63,8 +64,8 @@ class CachePlan:
         return complete * self.block + agents * ((self.blocks(tokens + own) - complete) * self.block + self.state)
 
 
-def cache_plan(config: DeepseekV4Config, format: str = "deployed") -> CachePlan:
-    """The plan of one architecture in one format of `FORMATS`.
+def cache_plan(config: DeepseekV4Config, format: str = "deployed", in_words: bool = False) -> CachePlan:
+    """The plan of one architecture in one format of `FORMATS`; `in_words` if blocks are rows of words, as on TPUs.
 
     Of baseline layers it says what a cache would weigh: keys and values, or latents and indexer keys, of every token.
 
@@ -75,9 +76,8 @@ def cache_plan(config: DeepseekV4Config, format: str = "deployed") -> CachePlan:
         raise UserError(f"there is no cache format {format!r}: one of {', '.join(FORMATS)}")
     layers = config.layers + config.mtp_layers[:1]
     tokens = math.lcm(*(layer.ratio for layer in layers if layer.ratio))
-    entry, key = entry_bytes(config, format), index_key_bytes(config, format)
-    entries = entry * sum(tokens // layer.ratio for layer in layers if layer.ratio)
-    keys = key * sum(tokens // layer.ratio for layer in layers if layer.attention == CSA)
+    sizes = [_block_bytes(config, layer, tokens, format, in_words) for layer in layers if layer.ratio]
+    entries, keys = (sum(size) for size in zip(*sizes, strict=True)) if sizes else (0, 0)
     tails = sum(_tail_bytes(config, layer.ratio, layer.attention == CSA) for layer in layers if layer.ratio)
     whole = [layer for layer in layers if layer.attention in BASELINE_KINDS]
     if whole and format == "deployed":
@@ -86,7 +86,7 @@ def cache_plan(config: DeepseekV4Config, format: str = "deployed") -> CachePlan:
         own, of_indexer = cached_numbers(config, layer.attention)
         entries += tokens * _floats(own, format)
         keys += tokens * _floats(of_indexer, format)
-    windows = (len(layers) - len(whole)) * config.sliding_window * entry
+    windows = (len(layers) - len(whole)) * config.sliding_window * entry_bytes(config, format)
     return CachePlan(tokens, entries, keys, windows, tails)
 
 
@@ -109,52 +109,80 @@ class CachePart:
     read: float
 
 
-def cache_parts(config: DeepseekV4Config, tokens: int, format: str = "deployed") -> tuple[CachePart, ...]:
-    """What a sequence of `tokens` tokens holds; the bytes add up to `cache_plan(config, format).sequence(tokens)`.
+def cache_parts(
+    config: DeepseekV4Config, tokens: int, format: str = "deployed", in_words: bool = False
+) -> tuple[CachePart, ...]:
+    """What a sequence of `tokens` tokens holds; the bytes add up to those of `cache_plan(..).sequence(tokens)`.
 
     The main stack reads; the MTP module, which drafts, does not. UserError for baseline layers.
     """
     refuse_baselines(config, "the cache by parts")
-    plan, parts = cache_plan(config, format), []
+    plan, parts = cache_plan(config, format, in_words), []
     layers, drafting = config.layers, config.mtp_layers[:1]
-    entry, kept = entry_bytes(config, format), plan.blocks(tokens) * plan.block_tokens
     formats = ("FP8, rope BF16", "FP4") if format == "deployed" else (format, format)
     for kind in sorted({layer.attention for layer in layers + drafting if layer.ratio}):
         chosen, label = kind == CSA, "CSA" if kind == CSA else "HCA"
-        ratios = [layer.ratio for layer in layers if layer.attention == kind]
-        count = sum(kept // layer.ratio for layer in layers + drafting if layer.attention == kind)
-        limit = config.index_topk if chosen else tokens
-        read = entry * sum(min(limit, tokens // ratio) for ratio in ratios)
-        parts.append(CachePart(f"{label} entries", formats[0], count, count * entry, read))
+        held, read = ([layer for layer in those if layer.attention == kind] for those in (layers + drafting, layers))
+
+        def part(name: str, stored: str, which: int, limit: int, held=held, read=read) -> CachePart:
+            """Entries or keys of the layers of this kind, of which the next token reads up to `limit` a layer."""
+            size = lambda layer: _block_bytes(config, layer, plan.block_tokens, format, in_words)[which]  # noqa: E731
+            blocks, each = plan.blocks(tokens), plan.block_tokens
+            taken = (size(layer) * layer.ratio / each * min(limit, tokens // layer.ratio) for layer in read)
+            count = blocks * sum(each // layer.ratio for layer in held)
+            return CachePart(name, stored, count, blocks * sum(map(size, held)), sum(taken))
+
+        parts.append(part(f"{label} entries", formats[0], 0, config.index_topk if chosen else tokens))
         if chosen:
-            key = index_key_bytes(config, format)
-            read = key * sum(tokens // ratio for ratio in ratios)
-            parts.append(CachePart("indexer keys", formats[1], count, count * key, read))
-        parts.append(_tail_part(config, kind, label, layers + drafting))
-    read = entry * min(tokens, config.sliding_window) * len(layers)
-    windows = len(layers + drafting) * config.sliding_window
-    return (*parts, CachePart("windows", formats[0], windows, plan.windows, read))
+            parts.append(part("indexer keys", formats[1], 1, tokens))
+        parts.append(_tail_part(config, kind, label, held))
+    count, read = config.sliding_window, entry_bytes(config, format) * min(tokens, config.sliding_window) * len(layers)
+    return (*parts, CachePart("windows", formats[0], count * len(layers + drafting), plan.windows, read))
 
 
-def _tail_part(config: DeepseekV4Config, kind: str, label: str, layers: tuple[LayerSpec, ...]) -> CachePart:
-    """Incomplete blocks: read once per block, when it is complete."""
-    sizes = [
-        (_tail_bytes(config, layer.ratio, kind == CSA), layer.ratio) for layer in layers if layer.attention == kind
-    ]
+def _tail_part(config: DeepseekV4Config, kind: str, label: str, layers: list[LayerSpec]) -> CachePart:
+    """Incomplete blocks of layers of one kind: read once per block, when it is complete."""
+    sizes = [(_tail_bytes(config, layer.ratio, kind == CSA), layer.ratio) for layer in layers]
     read = sum(size / ratio for size, ratio in sizes)
     return CachePart(f"{label} tails", "float32", len(sizes), sum(size for size, _ in sizes), read)
 
 
 def entry_bytes(config: DeepseekV4Config, format: str) -> int:
     """One key-value entry: in the deployed format FP8, a scale per 64 numbers, and BF16 rotary dims."""
-    width, rope = config.head_dim, config.qk_rope_head_dim
-    return _floats(width, format) or (width - rope) + -(-(width - rope) // 64) + 2 * rope
+    return sum(_entry(config, format))
 
 
 def index_key_bytes(config: DeepseekV4Config, format: str) -> int:
     """One indexer key: in the deployed format FP4 and a scale per 32 numbers."""
+    return sum(_index_key(config, format))
+
+
+def _entry(config: DeepseekV4Config, format: str) -> tuple[int, ...]:
+    """Bytes of an entry's arrays."""
+    width, rope = config.head_dim, config.qk_rope_head_dim
+    if format != "deployed":
+        return (_floats(width, format),)
+    return width - rope, -(-(width - rope) // 64), 2 * rope
+
+
+def _index_key(config: DeepseekV4Config, format: str) -> tuple[int, ...]:
+    """Bytes of an indexer key's arrays."""
     width = config.index_head_dim
-    return _floats(width, format) or width // 2 + -(-width // 32)
+    return (_floats(width, format),) if format != "deployed" else (width // 2, -(-width // 32))
+
+
+def _block_bytes(
+    config: DeepseekV4Config, layer: LayerSpec, tokens: int, format: str, in_words: bool
+) -> tuple[int, int]:
+    """A layer's entries and its indexer keys in a block of `tokens` tokens."""
+    count = tokens // layer.ratio
+
+    def block(arrays: tuple[int, ...]) -> int:
+        if in_words:
+            return rows_of(sum(map(words_of, arrays)), count) * LANES * WORD
+        return count * sum(arrays)
+
+    return block(_entry(config, format)), block(_index_key(config, format)) * (layer.attention == CSA)
 
 
 def _floats(width: int, format: str) -> int:

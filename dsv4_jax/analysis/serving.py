@@ -71,10 +71,18 @@ class Serving:
 
 
 def v4_serving(
-    config: DeepseekV4Config, context: int, weights: Weights = "released", cache: str = "deployed", name: str = "V4"
+    config: DeepseekV4Config,
+    context: int,
+    weights: Weights = "released",
+    cache: str = "deployed",
+    name: str = "V4",
+    in_words: bool = False,
 ) -> Serving:
-    """Serving `config`: blocks of the pool are shareable, windows, tails and an incomplete block are not."""
-    plan, parts = cache_plan(config, cache), weight_parts(config, weights)
+    """Serving `config`: blocks of the pool are shareable, windows, tails and an incomplete block are not.
+
+    With `in_words` the pool is that of TPUs (`cache_plan`).
+    """
+    plan, parts = cache_plan(config, cache, in_words), weight_parts(config, weights)
     total, routed = sum(part.bytes for part in parts), bytes_of(parts, "routed experts")
     shareable = context // plan.block_tokens * plan.block
     return Serving(
@@ -89,7 +97,7 @@ def v4_serving(
         token=plan.token,
         shareable=shareable,
         own=plan.sequence(context) - shareable,
-        read=sum(part.read for part in cache_parts(config, context, cache)),
+        read=sum(part.read for part in cache_parts(config, context, cache, in_words)),
         products=token_products(config, context, weights, cache),
     )  # fmt: skip
 

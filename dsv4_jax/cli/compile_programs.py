@@ -137,7 +137,7 @@ def _cached_program(
 ) -> Program:
     params, cache = inference_parameters(setting), abstract_cache(setting, cache_format)
     held = {"parameters": params, "cache": cache}
-    serving = v4_serving(setting.config, setting.length, "bf16", cache_format)
+    serving = v4_serving(setting.config, setting.length, "bf16", cache_format, in_words=_in_words(setting))
     routed = device_bytes(_chosen(params, weights.facts(setting.config), lambda fact: "experts" in fact.axes[:-1]))
     others = device_bytes(params) - routed
     read = others + routed * (1 - (1 - serving.chosen) ** count) + serving.read * setting.batch / setting.row_shards
@@ -171,8 +171,7 @@ def inference_parameters(setting: Setting) -> Tree:
 
 def abstract_cache(setting: Setting, cache_format: str) -> Cache:
     """An abstract cache: what belongs to a row lies where the row does, and so do the blocks that the rows own."""
-    in_words = setting.mesh.devices.flat[0].platform == "tpu"
-    made = partial(init_cache, setting.config, setting.batch, setting.length, cache_format, in_words=in_words)
+    made = partial(init_cache, setting.config, setting.batch, setting.length, cache_format, in_words=_in_words(setting))
     cache = jax.eval_shape(made)
     by_row, second = setting.sharding("batch"), setting.sharding(None, "batch")
     place = lambda tree, sharding: jax.tree.map(  # noqa: E731
@@ -185,6 +184,11 @@ def abstract_cache(setting: Setting, cache_format: str) -> Cache:
         states=place(cache.states, second),
         pools=place(cache.pools, second),
     )
+
+
+def _in_words(setting: Setting) -> bool:
+    """Whether the cache's blocks are rows of words on the devices of the mesh."""
+    return setting.mesh.devices.flat[0].platform == "tpu"
 
 
 def on_mesh(setting: Setting, params: Tree, rules: Mapping[str, tuple[str, ...]]) -> Tree:

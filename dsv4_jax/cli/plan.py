@@ -20,7 +20,7 @@ from dsv4_jax.analysis.hardware import Hardware, hardware
 from dsv4_jax.analysis.memory import cache_parts
 from dsv4_jax.analysis.serving import Serving, v4_serving
 from dsv4_jax.analysis.sizing import HOURS_PER_MONTH, Bounds, Prices, decode_bounds, fit
-from dsv4_jax.analysis.weight_bytes import WEIGHTS, check_weights, weight_parts
+from dsv4_jax.analysis.weight_bytes import WEIGHTS, Weights, check_weights, weight_parts
 from dsv4_jax.cli.info import find_config, short, weight
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
@@ -83,13 +83,17 @@ class Deployment:
     @cached_property
     def own(self) -> Serving:
         """The model itself."""
-        return v4_serving(self.config, self.context, check_weights(self.asked.weights), self.asked.cache, self.name)
+        return self.served(check_weights(self.asked.weights))
 
     @cached_property
     def models(self) -> tuple[Serving, Serving, Serving]:
         """The model, V3.2 and GQA-8, with weights of the same kind."""
         weights = check_weights(self.asked.weights)
         return self.own, v32_serving(self.context, weights), gqa_serving(self.config, self.context, weights)
+
+    def served(self, weights: Weights) -> Serving:
+        """The model with weights of another kind."""
+        return v4_serving(self.config, self.context, weights, self.asked.cache, self.name, self.chip.in_words)
 
     def chips(self, serving: Serving) -> int:
         """Chips of the whole hosts that hold weights and caches of the batch."""
@@ -159,8 +163,9 @@ def show(plan: Deployment, console: Console) -> None:
 
 def cache_table(plan: Deployment) -> Table:
     """One sequence's cache by component and format."""
-    table = _table("KV cache of one sequence", "component", "format", "number", "bytes", "read per token")
-    parts = cache_parts(plan.config, plan.context, plan.asked.cache)
+    title = "KV cache of one sequence" + ", blocks as rows of 128 words" * plan.chip.in_words
+    table = _table(title, "component", "format", "number", "bytes", "read per token")
+    parts = cache_parts(plan.config, plan.context, plan.asked.cache, plan.chip.in_words)
     for part in sorted(parts, key=lambda part: -part.bytes):
         table.add_row(part.name, part.format, f"{part.count:,}", weight(part.bytes), weight(int(part.read)))
     return _sum(table, "", "", weight(sum(part.bytes for part in parts)), weight(int(plan.own.read)))
@@ -220,7 +225,7 @@ def accelerator_table(plan: Deployment) -> Table:
     title = f"{chip.name} for weights and {batch} caches, {reserve:.0%} kept free; tokens per second on whole hosts"
     table = _table(title, "weights", "needed", "chips", "hosts", "memory", "compute", "per sequence", "batch 1")
     for weights in WEIGHTS:
-        serving = v4_serving(plan.config, plan.context, weights, plan.asked.cache)
+        serving = plan.served(weights)
         wanted = fit(serving.resident(batch), chip, reserve)
         many, one = plan.bounds(serving, batch), plan.bounds(serving, 1)
         bounds = (batch / many.memory, batch / many.compute, 1 / many.seconds, one.tokens)

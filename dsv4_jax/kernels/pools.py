@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
+from dsv4_jax.kernels.rows import FEW_ROWS, LANES, Piece, pieces_of, rows_of, words_of
 from dsv4_jax.quantization.storage import Storage, Stored
-
-LANES = 128  # words of a row
-SUBLANES = 8  # the last but one dimension of a TPU's tiles: rows of a block come in eights
-FEW_ROWS = 16  # with fewer a block is one long row, of any length
 
 
 class Pool(Protocol):
@@ -75,20 +72,9 @@ class ByPart:
         return {name: x.at[layer, blocks, slots].set(entries[name], mode="drop") for name, x in store.items()}
 
 
-class Piece(NamedTuple):
-    """`size` words of every entry from its word `start` on, side by side in the rows from `row` on."""
-
-    start: int
-    size: int
-    row: int
-
-
 @dataclass(frozen=True)
 class InWords:
-    """One array of 32-bit words, whole rows of 128 of them.
-
-    The words of an entry are cut into pieces of 128, 64, 32, .. words, and pieces of one size fill rows: 146 words into
-    128 and 32 (of which 18 are used), so that 32 entries take 32 rows and 8.
+    """One array of 32-bit words, whole rows of 128 of them, which pieces of the entries fill (`kernels/rows.py`).
 
     A TPU keeps narrow and 8-bit arrays in layouts that differ from one operation to the next, and would copy whole
     pools between them in every layer. Rows of words have one layout, which is dense, and a row is what a DMA moves.
@@ -105,31 +91,19 @@ class InWords:
         return jax.eval_shape(lambda: self.storage.zeros(()))
 
     @property
+    def words(self) -> int:
+        """Words of an entry."""
+        return sum(_words(part) for part in self.widths.values())
+
+    @property
     def pieces(self) -> list[Piece]:
-        """How the words of an entry are cut: into as few rows of a block as can be, and then into few pieces."""
-        words = sum(_words(part) for part in self.widths.values())
-        ways = [self._cut(words, least) for least in (1, 2, 4, 8, 16, 32, 64, LANES)]
-        return min(ways, key=lambda pieces: (self._rows(pieces), len(pieces)))
+        """How the words of an entry are cut."""
+        return pieces_of(self.words, self.per_block)
 
     @property
     def rows(self) -> int:
         """Rows of a block."""
-        return self._rows(self.pieces)
-
-    def _cut(self, words: int, least: int) -> list[Piece]:
-        """Pieces of 128 words, then smaller ones down to `least`, where the last one may not be full."""
-        start, row, pieces = 0, 0, []
-        while start < words:
-            size = LANES
-            while size > least and start + size > -(-words // least) * least:
-                size //= 2
-            pieces.append(Piece(start, size, row))
-            start, row = start + size, row - (-self.per_block * size // LANES)
-        return pieces
-
-    def _rows(self, pieces: list[Piece]) -> int:
-        rows = sum(-(-self.per_block * piece.size // LANES) for piece in pieces)
-        return rows if rows < FEW_ROWS else -(-rows // SUBLANES) * SUBLANES
+        return rows_of(self.words, self.per_block)
 
     def zeros(self, layers: int, blocks: int) -> Stored:
         """See `Pool`."""
@@ -212,7 +186,7 @@ def pool_of(storage: Storage, per_block: int, in_words: bool) -> Pool:
 
 
 def _words(part: jax.ShapeDtypeStruct) -> int:
-    return -(-part.shape[-1] * part.dtype.itemsize // 4)
+    return words_of(part.shape[-1] * part.dtype.itemsize)
 
 
 def _to_words(x: jax.Array) -> jax.Array:

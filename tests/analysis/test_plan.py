@@ -107,10 +107,11 @@ def test_weights_hold_every_counted_parameter_once(config, weights):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("config", [preset("nano"), preset("mini"), PRO])
 @pytest.mark.parametrize("tokens", [1, 1000, 4096])
-def test_cache_parts_add_up_to_the_plan_and_to_the_allocated_cache(config, tokens, format):
-    total = sum(part.bytes for part in cache_parts(config, tokens, format))
-    assert total == cache_plan(config, format).sequence(tokens)
-    cache = jax.eval_shape(lambda: init_cache(config, 1, tokens, format))
+@pytest.mark.parametrize("in_words", [False, True])
+def test_cache_parts_add_up_to_the_plan_and_to_the_allocated_cache(config, tokens, format, in_words):
+    total = sum(part.bytes for part in cache_parts(config, tokens, format, in_words))
+    assert total == cache_plan(config, format, in_words).sequence(tokens)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, tokens, format, in_words=in_words))
     leaves = jax.tree.leaves((cache.pools, cache.states))
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == pytest.approx(total, rel=0.01)
 

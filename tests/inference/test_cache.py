@@ -347,21 +347,23 @@ def nbytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.parametrize("in_words", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["v4-pro", "v4-flash"])
-def test_the_releases_caches_at_a_million_tokens_weigh_what_the_plan_says(name, format):
+def test_the_releases_caches_at_a_million_tokens_weigh_what_the_plan_says(name, format, in_words):
     config, tokens = preset(name), 1 << 20
-    plan = cache_plan(config, format)
-    cache = jax.eval_shape(lambda: kv_cache.init_cache(config, 2, tokens, format))
+    plan = cache_plan(config, format, in_words)
+    cache = jax.eval_shape(lambda: kv_cache.init_cache(config, 2, tokens, format, in_words=in_words))
     assert nbytes(cache.pools) == pytest.approx(2 * plan.blocks(tokens) * plan.block, rel=0.01)
     assert nbytes(cache.states) == pytest.approx(2 * plan.state, rel=0.01)
     assert nbytes(cache.pools) + nbytes(cache.states) == pytest.approx(2 * plan.sequence(tokens), rel=0.01)
 
 
+@pytest.mark.parametrize("in_words", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_small_cache_weighs_what_the_plan_says(format):
+def test_a_small_cache_weighs_what_the_plan_says(format, in_words):
     config = preset("nano")
-    plan, cache = cache_plan(config, format), kv_cache.init_cache(config, 3, 1000, format)
+    plan, cache = cache_plan(config, format, in_words), kv_cache.init_cache(config, 3, 1000, format, in_words=in_words)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.pools)) == 3 * plan.blocks(1000) * plan.block
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.states)) == 3 * plan.state
     assert cache.capacity == plan.blocks(1000) * plan.block_tokens

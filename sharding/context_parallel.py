@@ -29,6 +29,7 @@ from dsv4_jax.errors import UserError
 from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.layout import Blocks, Layout, Neighbours, block_ends
 from dsv4_jax.layers.rotary import frequencies, rotation
+from sharding.gathering import layer_specs, whole_layer
 from sharding.rules import Strategy, spec
 
 
@@ -58,18 +59,17 @@ def attention(
     batch = spec(strategy.activations, ("batch",), mesh, x.shape[:1])
     rows = PartitionSpec(batch[0] if len(batch) else None, axes or None)
     graph, state = nnx.split(layer)
-    packed = layout.segment_ids is not None
+    packed, spread = layout.segment_ids is not None, layer_specs(state, strategy, mesh)
 
     def local(weights: Any, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         shards = Shards(axes, count)
         own = _own_layout(layer.config, layer.spec, positions, packed, shards)
+        weights = whole_layer(state, weights, spread, x.dtype)
         out, record, _ = nnx.merge(graph, weights)(x, own, options, neighbours=shards)
         return out, record
 
     # Every kernel's own derivative would need to say which values differ between devices: `check_vma` cannot be had.
-    mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=(rows, rows), check_vma=False
-    )
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spread, rows, rows), out_specs=(rows, rows), check_vma=False)
     return mapped(nnx.to_pure_dict(state), x, layout.positions)
 
 

@@ -9,6 +9,7 @@ buffers only (`jax.lax.ragged_all_to_all`); CPUs have no such exchange and send 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 from dsv4_jax.kernels.grouped_matmul import OfStack
 from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.partition import ExpertFunction
-from sharding.rules import used_axes
+from sharding.gathering import whole
+from sharding.rules import Axes, spec, used_axes
 
 EXPERT = "expert"
 TENSOR = "tensor"
@@ -69,6 +71,7 @@ def plan_dispatch(tokens: int, k: int, experts: int, owners: int, headroom: floa
 def dispatch_experts(
     mesh: Mesh,
     rows: PartitionSpec,
+    rules: Mapping[str, Axes],
     apply: ExpertFunction,
     matrices: Any,
     x: jax.Array,
@@ -83,6 +86,7 @@ def dispatch_experts(
         mesh: the devices.
         rows: how [B, S] lies on them. When that uses the expert axis, tokens are exchanged by all-to-all; when tokens
             are repeated along it, each device computes its own experts' share and the shares are summed.
+        rules: of parameters; along further axes that spread the matrices they are gathered.
         apply: see `Partition.experts`.
         matrices: w1, w3 [E, D, I] and w2 [E, I, D], arrays or `OfStack`.
         x: [B, S, D].
@@ -96,14 +100,15 @@ def dispatch_experts(
     """
     exchanged = EXPERT in used_axes(rows)
     local = partial(_exchange, headroom=headroom, mesh=mesh) if exchanged else _own_share
-    wide, narrow = PartitionSpec(EXPERT, None, TENSOR), PartitionSpec(EXPERT, TENSOR, None)
-    specs = type(matrices)(*map(_lies, matrices, (wide, wide, narrow)))
+    axes = ("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+    specs = type(matrices)(*(_lies(*each, rules, mesh) for each in zip(matrices, axes, strict=True)))
     tokens = PartitionSpec(*rows, *(None,) * (3 - len(rows)))
 
     def one_device(
         matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, beside: jax.Array | None
     ) -> jax.Array:
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        matrices = type(matrices)(*(_owned(*each, x.dtype) for each in zip(matrices, specs, strict=True)))
         experts, split = matrices[0].shape[0] * mesh.shape[EXPERT], mesh.shape[TENSOR] > 1
         added = None if split or beside is None else flat(beside)
         out = local(apply, matrices, flat(x), flat(expert_ids), flat(weights), added, experts=experts)
@@ -118,9 +123,24 @@ def dispatch_experts(
     )(matrices, x, expert_ids, weights, beside)
 
 
-def _lies(matrices: Any, own: PartitionSpec) -> Any:
-    """How matrices are given to each device, where those of one layer lie as `own`."""
-    return OfStack(PartitionSpec(None, *own), PartitionSpec()) if isinstance(matrices, OfStack) else own
+def _lies(matrix: Any, axes: tuple[str, ...], rules: Mapping[str, Axes], mesh: Mesh) -> Any:
+    """How a matrix is given to each device: experts and widths to their owners, plain ones spread as they lie."""
+    own = {"experts": EXPERT, "mlp": TENSOR}
+    if isinstance(matrix, OfStack):
+        return OfStack(PartitionSpec(None, *map(own.get, axes)), PartitionSpec())
+    if not isinstance(matrix, jax.Array):
+        return PartitionSpec(*map(own.get, axes))
+    further = {"embed": tuple(axis for axis in rules.get("embed", ()) if axis not in (EXPERT, TENSOR))}
+    spread = spec(further, axes, mesh, matrix.shape)
+    spread = *spread, *(None,) * (len(axes) - len(spread))
+    return PartitionSpec(*(own.get(axis, lies) for axis, lies in zip(axes, spread, strict=True)))
+
+
+def _owned(matrix: Any, lies: Any, dtype: Any) -> Any:
+    """An owner's part of a matrix, gathered along all axes but the owners'."""
+    if not isinstance(matrix, jax.Array):
+        return matrix
+    return whole(matrix, PartitionSpec(*(None if axes in (EXPERT, TENSOR) else axes for axes in lies)), dtype)
 
 
 def _own_share(

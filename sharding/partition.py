@@ -52,8 +52,8 @@ class MeshPartition(Partition):
         """See `Partition.experts`."""
         if self.mesh.size == 1:
             return super().experts(apply, matrices, x, expert_ids, weights, beside)
-        rows = self._rows(x)
-        return dispatch_experts(self.mesh, rows, apply, matrices, x, expert_ids, weights, beside, self.headroom)
+        rows, lies = self._rows(x), self.strategy.parameters
+        return dispatch_experts(self.mesh, rows, lies, apply, matrices, x, expert_ids, weights, beside, self.headroom)
 
     @property
     def experts_in_place(self) -> bool:
@@ -75,7 +75,8 @@ class MeshPartition(Partition):
         if self.mesh.shape[TENSOR] > 1 or not row_caches.stays_with_rows(past):
             with partitioned_by_the_compiler():
                 return super().attention(layer, x, layout, options, past)
-        return row_caches.attention(self.mesh, PartitionSpec(*self._rows(x)[:1]), layer, x, layout, options, past)
+        rows = PartitionSpec(*self._rows(x)[:1])
+        return row_caches.attention(self.mesh, self.strategy, rows, layer, x, layout, options, past)
 
     def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """See `Partition.look_up`: where the vocabulary is spread, every device adds the rows that it has."""

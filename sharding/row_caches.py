@@ -15,7 +15,8 @@ from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
-from sharding.rules import used_axes
+from sharding.gathering import layer_specs, whole_layer
+from sharding.rules import Strategy, used_axes
 
 Attended = tuple[jax.Array, dict[str, Any], LayerCache | None]
 
@@ -27,6 +28,7 @@ def stays_with_rows(past: LayerCache | None) -> bool:
 
 def attention(
     mesh: Mesh,
+    strategy: Strategy,
     rows: PartitionSpec,
     layer: Attention,
     x: jax.Array,
@@ -38,6 +40,7 @@ def attention(
 
     Args:
         mesh: all of its axes are used by hand; the layer's weights are gathered where they are spread.
+        strategy: says where they are.
         rows: how the first dimension of x [B, S, D], of the layout and of the cache's states lies, and so the blocks.
         layer: one attention layer of any kind.
         x: [B, S, D].
@@ -46,11 +49,12 @@ def attention(
         past: a cache that `stays_with_rows`, or None.
     """
     graph, state = nnx.split(layer)
-    axes, storage = used_axes(rows), past and past.storage
+    axes, storage, spread = used_axes(rows), past and past.storage, layer_specs(state, strategy, mesh)
 
     def own_rows(weights: Any, x: jax.Array, layout: Layout, held: LayerCache | None) -> Attended:
         first = jax.lax.axis_index(axes) * x.shape[0] if axes else 0
         here = held and _mapped(held, partial(_renumbered, first=-first))._replace(storage=storage)
+        weights = whole_layer(state, weights, spread, x.dtype)
         out, record, after = nnx.merge(graph, weights)(x, layout, options, here)
         return out, record, after and _mapped(after, partial(_renumbered, first=first))._replace(storage=None)
 
@@ -59,7 +63,7 @@ def attention(
     mapped = jax.shard_map(
         own_rows,
         mesh=mesh,
-        in_specs=(PartitionSpec(), rows, rows, lies),
+        in_specs=(spread, rows, rows, lies),
         out_specs=(rows, rows, lies),
         check_vma=False,
     )

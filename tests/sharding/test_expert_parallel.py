@@ -18,6 +18,7 @@ from sharding.mesh import make_mesh, parse_mesh
 
 TOLERANCE = 2e-6  # float32; sums over experts and over tokens in another order
 DRAWN_TOLERANCE = 1e-5  # of few and narrow tokens the largest value can be small against what was summed
+SPREAD = {"embed": ("fsdp", "data")}  # matrices are gathered from these
 CASES = {  # mesh, rows' axes, headroom, tokens, k, experts, routing
     "even": ("expert=4,data=2", ("data", "expert"), 2.0, (8, 6), 2, 8, "random"),
     "all tokens on one expert": ("expert=4,data=2", ("data", "expert"), 1.0, (8, 5), 1, 8, "one"),
@@ -60,7 +61,7 @@ def errors(mesh_text, row_axes, headroom, shape, k, experts, kind, width=8, inne
         return (out * probe).sum(), out
 
     def spread(matrices, x, weights):
-        out = dispatch_experts(mesh, rows, apply, matrices, x, ids, weights, x**2, headroom)
+        out = dispatch_experts(mesh, rows, SPREAD, apply, matrices, x, ids, weights, x**2, headroom)
         return (out * probe).sum(), out
 
     run = lambda f: jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))  # noqa: E731

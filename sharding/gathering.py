@@ -1,0 +1,73 @@
+"""Weights that are spread over devices, made whole where each device multiplies them.
+
+They travel in the dtype of the product, which rounds them anyway: half the bytes of float32 masters. Gradients are added
+up in float32, and every device keeps the sum for its own part. All of it happens under `shard_map`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from dsv4_jax.facts import Fact
+from dsv4_jax.layers.parameters import facts_of
+from sharding.rules import Strategy, parameter_specs, used_axes
+
+Tree = Any
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def whole(part: jax.Array, lies: PartitionSpec, dtype: Any) -> jax.Array:
+    """This device's part of an array that lies on the mesh as `lies` -> the array, in `dtype` if it is spread at all.
+
+    A gradient comes in `dtype` from every device's own tokens; their sum is the float32 one of an unspread array, but
+    for that rounding.
+    """
+    if not used_axes(lies):
+        return part
+    part = part.astype(dtype)
+    for dimension, axes in enumerate(lies):
+        if axes is not None:
+            part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+    return part
+
+
+def _whole_fwd(part: jax.Array, lies: PartitionSpec, dtype: Any):
+    return whole(part, lies, dtype), jnp.zeros((), part.dtype)
+
+
+def _whole_bwd(lies: PartitionSpec, dtype: Any, like: jax.Array, d_whole: jax.Array):
+    del dtype
+    if used_axes(lies):
+        d_whole = d_whole.astype(jnp.float32)
+    for dimension, axes in enumerate(lies):
+        if axes is not None:
+            d_whole = jax.lax.psum_scatter(d_whole, axes, scatter_dimension=dimension, tiled=True)
+    return (d_whole.astype(like.dtype),)
+
+
+whole.defvjp(_whole_fwd, _whole_bwd)
+
+
+def layer_specs(state: nnx.State, strategy: Strategy, mesh: Mesh) -> Tree:
+    """How the weights of one layer lie: a PartitionSpec for each; packed ones are left to the compiler to gather."""
+    facts, weights = facts_of(state), nnx.to_pure_dict(state)
+    plain = lambda fact, weight: fact if isinstance(weight, jax.Array) else Fact((), "none", "")  # noqa: E731
+    return parameter_specs(jax.tree.map(plain, facts, weights), weights, strategy.parameters, mesh)
+
+
+def whole_layer(state: nnx.State, parts: Tree, lies: Tree, dtype: Any) -> Tree:
+    """Every device's `parts` of a layer's weights, made whole; in `dtype` the matrices that Muon moves.
+
+    In an attention layer these are the ones that multiply activations, in the activations' dtype.
+    """
+
+    def one(fact: Fact, lies: PartitionSpec, part: Any) -> Any:
+        return whole(part, lies, dtype if fact.optimizer == "muon" else part.dtype) if used_axes(lies) else part
+
+    return jax.tree.map(one, facts_of(state), lies, parts)

@@ -1,7 +1,7 @@
 """Weights that are spread over devices, made whole where each device multiplies them.
 
-They travel in the dtype of the product, which rounds them anyway: half the bytes of float32 masters. Gradients are added
-up in float32, and every device keeps the sum for its own part. All of it happens under `shard_map`.
+They travel in the dtype of the product, which rounds them anyway: half the bytes of float32 masters. Gradients are
+added up in float32, and every device keeps the sum for its own part. All of it happens under `shard_map`.
 """
 
 from __future__ import annotations

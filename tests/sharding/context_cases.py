@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from sharding.rules import find_strategy
 BATCH = 2
 KINDS = {"sliding": (0, "dense"), "CSA dense": (1, "dense"), "CSA sparse": (1, "sparse"), "HCA": (2, "dense")}
 STRATEGY = find_strategy("long-context")
+WEIGHTS_WHOLE = replace(STRATEGY, name="long-context, weights whole", parameters={}, state={})
 FRESH = random_params(TINY)
 LAYERS = [block["attn"] for block in blocks_in_order(TINY, FRESH)]
 
@@ -161,14 +162,17 @@ def keep_floats(tree: Any) -> Any:
 
 
 def collectives(length: int, context: int, packed: bool, gradient: bool) -> list[tuple[str, tuple[int, ...]]]:
-    """(operation, shape of its result) of each collective of a compiled sparse CSA layer with the index loss."""
+    """(operation, shape of its result) of each collective of a compiled sparse CSA layer with the index loss.
+
+    Its weights are whole on every device.
+    """
     mesh, whole = mesh_of(context), NamedSharding(mesh_of(context), PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(None, "context"))
 
     def run(weights: Any, x: jax.Array, ids: jax.Array) -> Any:
         layer, layout = attention_layer(TINY, 1, weights), make_layout(TINY, *x.shape[:2], ids if packed else None)
         options = AttentionOptions("sparse", True, NONE)
-        out, record = context_parallel.attention(mesh, STRATEGY, layer, x, layout, options)
+        out, record = context_parallel.attention(mesh, WEIGHTS_WHOLE, layer, x, layout, options)
         return out.sum() + record["index_loss"].kl.sum() if gradient else (out, record)
 
     x = jax.ShapeDtypeStruct((BATCH, length, TINY.hidden_size), jnp.float32, sharding=rows)

@@ -37,8 +37,8 @@ def gathered_and_gradients(lies, dtype):
     mapped = jax.shard_map(product, mesh=mesh, in_specs=(lies, every), out_specs=(every, every), check_vma=False)
     (_, full), backward = jax.vjp(jax.jit(mapped), weight, rows)
     gradient = backward((d_out, jnp.zeros_like(full)))[0]
-    of_each = np.einsum("dni,dno->dio", *(np.asarray(x, np.float64) for x in (rows, d_out)))
-    rounded = np.asarray(jnp.asarray(of_each, dtype), np.float64).sum(0)
+    of_each = np.array([np.asarray(x, float).T @ np.asarray(d, float) for x, d in zip(rows, d_out, strict=True)])
+    rounded = np.array(jnp.asarray(of_each, dtype), float).sum(0)
     return [np.asarray(x, np.float32) for x in (weight.astype(full.dtype), full, gradient, rounded)]
 
 
@@ -61,7 +61,7 @@ def gathers(dtype):
     partition, tokens = MeshPartition(mesh, strategy), jnp.zeros((8, 24), jnp.int32)
 
     def loss(params):
-        return model.forward(config, params, tokens, dtype=dtype, partition=partition).logits.sum()
+        return model.forward(config, params, tokens, dtype=dtype, partition=partition).hidden.sum()
 
     params = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
     text = jax.jit(jax.grad(loss, allow_int=True)).lower(params).as_text()

@@ -173,12 +173,13 @@ def test_parts_cover_the_tiles_that_queries_see(length, parts, seed):
         assert tiles == (list(range(min(seen), max(seen) + 1)) if seen else [])
 
 
-def test_the_indexer_takes_the_kernels_on_hopper(monkeypatch):
+def test_the_indexer_takes_the_kernels_on_hopper_and_no_gradient_passes_them(monkeypatch):
     operands, lo, hi = drawn(np.random.default_rng(0), 1, 8, 256)
 
     def kernels(operands, k=4):
+        use = lambda operands: (index_topk(operands, lo, hi, k)[..., :4] * operands.weights[..., :4]).sum()  # noqa: E731
         with platforms.compiling_for("cuda"):
-            text = str(jax.make_jaxpr(lambda *x: index_topk(*x, k))(operands, lo, hi))
+            text = str(jax.make_jaxpr(jax.grad(use))(operands))
         return [name for name in ("index_scores", "index_best") if name in text]
 
     assert not kernels(operands)  # here is no GPU

@@ -161,7 +161,7 @@ def compile_for(program: Program, target: Target, mesh: Mesh, say: Callable[[str
     """
     say("tracing")
     started = time.perf_counter()
-    with compiling_for("tpu" if target.is_tpu else "cuda"):
+    with compiling_for(target.platform, target.capability):
         lowered = program.function.lower(*program.arguments)
     lowered_at = time.perf_counter()
     say("compiling")

@@ -13,10 +13,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4_jax.analysis.hardware import Hardware, hardware
 from dsv4_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv4_jax.kernels.platforms import Platform
 
 INSTALL = "pip install 'dsv4-jax[aot]'"
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -100,6 +103,16 @@ class Target:
     def is_tpu(self) -> bool:
         """Whether libtpu compiles for it."""
         return self.chip.name in TPUS
+
+    @property
+    def platform(self) -> Platform:
+        """As JAX calls it."""
+        return "tpu" if self.is_tpu else "cuda"
+
+    @property
+    def capability(self) -> str:
+        """Compute capability of a GPU, such as "9.0"; empty for TPUs."""
+        return "" if self.is_tpu else ".".join(map(str, GPUS[self.chip.name].capability))
 
     @property
     def compiler_options(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.grouped_matmul import Groups, gpu, tpu
-from dsv4_jax.kernels.platforms import by_platform, on_one_device
+from dsv4_jax.kernels.platforms import by_platform, operands_are_own
 from dsv4_jax.quantization.packed import Packed
 
 COLUMNS = 512
@@ -19,9 +19,9 @@ COLUMNS = 512
 def packed_dot(x: jax.Array, weight: Packed) -> jax.Array:
     """`x @ weight`, [.., I] x [I, O] -> float32 [.., O], the numbers of the weight taken in x's dtype.
 
-    No more than about `COLUMNS` columns of the weight exist as floats at a time, on a single TPU or Hopper GPU none
-    outside a kernel: products like this one stand where the compiler spreads arrays over devices, and it cannot cut a
-    kernel into parts.
+    No more than about `COLUMNS` columns of the weight exist as floats at a time, in the kernels of TPUs and Hopper GPUs
+    none. Products like this one also stand where the compiler spreads arrays over devices, and it cannot cut a kernel
+    into parts: there it is no kernel.
     """
     return _product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
 
@@ -29,9 +29,9 @@ def packed_dot(x: jax.Array, weight: Packed) -> jax.Array:
 @jax.custom_vjp
 def _product(rows: jax.Array, weight: Packed) -> jax.Array:
     kernels: dict[str, Any] = {}
-    if on_one_device() and tpu.supports_packed(rows, weight):
+    if operands_are_own() and tpu.supports_packed(rows, weight):
         kernels["tpu"] = partial(as_experts, forward=tpu.forward)
-    if on_one_device() and gpu.supports_packed(rows, weight):
+    if operands_are_own() and gpu.supports_packed(rows, weight):
         kernels["gpu"] = partial(as_experts, forward=gpu.forward, parts=gpu.parts_of(weight, _tiles(rows)))
     return by_platform(rows, weight, xla=in_chunks, **kernels)
 

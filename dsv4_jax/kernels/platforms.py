@@ -17,19 +17,23 @@ from dsv4_jax.errors import UserError
 
 Platform = Literal["cpu", "tpu", "cuda"]
 CHOICES = ("auto", "xla")
-_elsewhere: ContextVar[Platform | None] = ContextVar("elsewhere", default=None)
+_elsewhere: ContextVar[tuple[Platform, str] | None] = ContextVar("elsewhere", default=None)
 _partitioned: ContextVar[bool] = ContextVar("partitioned", default=False)
 
 
 @contextmanager
-def compiling_for(platform: Platform) -> Iterator[None]:
+def compiling_for(platform: Platform, capability: str = "") -> Iterator[None]:
     """Within this context programs are traced for machines of `platform`, which need not be here.
 
     What JAX remembers of functions traced for another platform is dropped: it does not know this context.
+
+    Args:
+        platform: of JAX.
+        capability: of NVIDIA GPUs, such as "9.0"; where it is not said they get no kernels.
     """
-    if platform != compiled_for():
+    if (platform, capability) != (compiled_for(), _capability()):
         jax.clear_caches()
-    token = _elsewhere.set(platform)
+    token = _elsewhere.set((platform, capability))
     try:
         yield
     finally:
@@ -56,7 +60,8 @@ def kernels_allowed() -> bool:
 
 def compiled_for() -> str:
     """The platform that programs are traced for here: cpu, tpu, cuda, or another of JAX's."""
-    here = _elsewhere.get() or jax.default_backend()
+    elsewhere = _elsewhere.get()
+    here = elsewhere[0] if elsewhere else jax.default_backend()
     return "cuda" if here == "gpu" else here
 
 
@@ -85,26 +90,33 @@ def by_platform(
     return jax.lax.platform_dependent(*operands, **{here: chosen}, default=xla)
 
 
-def on_one_device() -> bool:
-    """Whether the program is compiled for a single device, that is here: no array can be spread over several."""
-    return _elsewhere.get() is None and len(jax.devices()) == 1
+def operands_are_own() -> bool:
+    """Whether arrays here are each device's own: the program is for a single device, or under `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (not mesh.empty and mesh.are_all_axes_manual) or (_elsewhere.get() is None and len(jax.devices()) == 1)
 
 
 def is_hopper() -> bool:
-    """Whether the program is compiled for one NVIDIA GPU here with warpgroup products: compute capability 9.
+    """Whether the program is for NVIDIA GPUs with warpgroup products, and `operands_are_own`.
 
-    With several devices XLA would copy whole operands to each of them: it cannot partition a kernel.
+    Elsewhere on several devices XLA would copy whole operands to each of them: it cannot partition a kernel.
     """
-    return on_one_device() and are_hopper()
+    return operands_are_own() and are_hopper()
 
 
 def are_hopper() -> bool:
-    """Whether the program is compiled for NVIDIA GPUs here with warpgroup products; later GPUs lack them.
+    """Whether the program is compiled for NVIDIA GPUs with warpgroup products; later GPUs lack them.
 
-    For kernels whose operands are each device's own (`kernels_allowed`), however many devices there are.
+    For kernels whose operands are known to be each device's own (`kernels_allowed`), however many devices there are.
     """
-    here = _elsewhere.get() is None and jax.default_backend() == "gpu"
-    return here and jax.devices()[0].compute_capability.startswith("9.")
+    return _capability().startswith("9.")
+
+
+def _capability() -> str:
+    """Of the GPUs that programs are compiled for; empty where there are none."""
+    if elsewhere := _elsewhere.get():
+        return elsewhere[1]
+    return jax.devices()[0].compute_capability if jax.default_backend() == "gpu" else ""
 
 
 def _choice() -> str:

@@ -302,7 +302,7 @@ def moe_program(target: str) -> str:
     state = jax.tree_util.tree_map_with_path(placed, nnx.to_pure_dict(state))
     given = [array((8, 512, *more), kind, True) for more, kind in (((1024,), jnp.bfloat16), ((), "int32"), ((), bool))]
     run = lambda state, *given: nnx.merge(graph, state)(*given, partition=partition)[0]  # noqa: E731
-    with compiling_for("tpu" if machine.is_tpu else "cuda"):
+    with compiling_for(machine.platform, machine.capability):
         lowered = jax.jit(run).lower(state, *given)
     return lowered.compile(compiler_options=machine.compiler_options or None).as_text()
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dsv4_jax import weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.kernels.grouped_matmul import Groups, collect, make_groups
-from dsv4_jax.layers.moe import Matrices, hidden_rows, tile_rows
+from dsv4_jax.layers.experts import Matrices, hidden_rows, tile_rows
 from dsv4_jax.observer import Passed
 from dsv4_jax.quantization.policy import WEIGHTS, Policy, weight_role
 

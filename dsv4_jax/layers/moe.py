@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4_jax.config import DeepseekV4Config
-from dsv4_jax.kernels.grouped_matmul import Groups, collect, grouped_matmul, make_groups, spread
+from dsv4_jax.layers.experts import Matrices, apply_experts, swiglu
 from dsv4_jax.layers.norm import dense
 from dsv4_jax.layers.parameters import buffer, normal, parameter
 from dsv4_jax.partition import ALONE, Partition
@@ -98,73 +98,6 @@ class Experts(nnx.Module):
         return Matrices(self.w1[...], self.w3[...], self.w2[...])
 
 
-class Matrices(NamedTuple):
-    """Experts: w1 (gate) and w3 (up) [E, D, I], w2 (down) [E, I, D]."""
-
-    w1: jax.Array
-    w3: jax.Array
-    w2: jax.Array
-
-
-def apply_experts(
-    limit: float,
-    experts: Matrices,
-    x: jax.Array,
-    expert_ids: jax.Array,
-    weights: jax.Array,
-    policy: Policy = NONE,
-) -> jax.Array:
-    """The weighted sum of each token's experts, accumulated in float32.
-
-    Args:
-        limit: clamp of SwiGLU.
-        experts: the matrices.
-        x: [N, D].
-        expert_ids: [N, k]; E, the number of experts, means none.
-        weights: [N, k] float32. They multiply the hidden activation, before w2, as in the release.
-        policy: rounds the hidden activation; x comes rounded.
-
-    Returns:
-        [N, D] in x's dtype.
-    """
-    count = len(experts.w1)
-    if expert_ids.size <= count // 2:
-        return _pair_by_pair(limit, experts, x, expert_ids, weights, policy)
-    groups = make_groups(expert_ids, count, tile_rows(expert_ids.size, count))
-    hidden = policy("expert_input", hidden_rows(limit, experts, x, weights, groups))
-    return collect(grouped_matmul(hidden, experts.w2, groups), groups)
-
-
-def hidden_rows(limit: float, experts: Matrices, x: jax.Array, weights: jax.Array, groups: Groups) -> jax.Array:
-    """Weighted hidden activations [R, I] of the pairs that `groups` lays out; see `apply_experts`."""
-    rows = spread(x, groups)
-    gate, up = grouped_matmul(rows, experts.w1, groups), grouped_matmul(rows, experts.w3, groups)
-    row_weights = spread_weights(weights, groups.row_of, groups.pair_of)
-    hidden = swiglu(gate, up, limit).astype(jnp.float32) * row_weights[:, None]
-    return hidden.astype(x.dtype)
-
-
-def _pair_by_pair(
-    limit: float, experts: Matrices, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, policy: Policy
-) -> jax.Array:
-    """`apply_experts` for so few pairs that hardly two meet in an expert: decoding. Nothing is sorted or padded.
-
-    A step reads each matrix once and multiplies it with one row while it is still in the processor's cache.
-    """
-    count, k = len(experts.w1), expert_ids.shape[1]
-
-    def one(_: None, pair: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        token, expert, weight = pair
-        row = x[token][None]
-        gate, up = dense(row, experts.w1[expert]), dense(row, experts.w3[expert])
-        hidden = swiglu(gate, up, limit).astype(jnp.float32) * jnp.where(expert < count, weight, 0)
-        return None, dense(policy("expert_input", hidden.astype(x.dtype)), experts.w2[expert])[0]
-
-    tokens = jnp.arange(expert_ids.size, dtype=jnp.int32) // k
-    rows = jax.lax.scan(one, None, (tokens, expert_ids.reshape(-1), weights.reshape(-1)))[1]
-    return rows.reshape(-1, k, x.shape[1]).astype(jnp.float32).sum(1).astype(x.dtype)
-
-
 class MoE(nnx.Module):
     """Gate, routed experts and, in every V4, the shared expert."""
 
@@ -230,14 +163,6 @@ def adapt_sharpness(scores: jax.Array, strength: float) -> jax.Array:
     return jnp.maximum(scores, 1e-20) ** jnp.exp(-strength * (2 * uncertainty - 1))
 
 
-def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
-    """`silu(min(gate, L)) * clip(up, -L, L)` in float32, returned in gate's dtype; L = 0 means no limit."""
-    g, u = gate.astype(jnp.float32), up.astype(jnp.float32)
-    if limit:
-        g, u = jnp.minimum(g, limit), jnp.clip(u, -limit, limit)
-    return (jax.nn.silu(g) * u).astype(gate.dtype)
-
-
 def hash_table(key: jax.Array, config: DeepseekV4Config) -> jax.Array:
     """tid2eid [V, k]: distinct experts for every token id, each expert as often as any other (to one)."""
     vocab, k, experts = config.vocab_size, config.num_experts_per_tok, config.n_routed_experts
@@ -245,12 +170,6 @@ def hash_table(key: jax.Array, config: DeepseekV4Config) -> jax.Array:
     start = jax.random.permutation(key, vocab) * k % experts
     order = jax.random.permutation(jax.random.fold_in(key, 1), experts)
     return order[(start[:, None] + jnp.arange(k)) % experts].astype(jnp.int32)
-
-
-def tile_rows(pairs: int, experts: int) -> int:
-    """Rows per tile: about half an expert's share, between 8 and 128, so that padding stays small against the work."""
-    share = max(pairs // experts, 1)
-    return min(max(1 << (share.bit_length() - 1), 8), 128)
 
 
 def balance_record(routing: Routing, counted: jax.Array) -> dict[str, Any]:
@@ -268,20 +187,3 @@ def balance_record(routing: Routing, counted: jax.Array) -> dict[str, Any]:
         "load": load.sum(0),
         "balance": balance,
     }
-
-
-@jax.custom_vjp
-def spread_weights(weights: jax.Array, row_of: jax.Array, pair_of: jax.Array) -> jax.Array:
-    """weights [N, k] -> one weight per row [R], zero for padding; its gradient is a gather."""
-    return weights.reshape(-1).at[pair_of].get(mode="fill", fill_value=0)
-
-
-def _spread_weights_fwd(weights: jax.Array, row_of: jax.Array, pair_of: jax.Array):
-    return spread_weights(weights, row_of, pair_of), row_of
-
-
-def _spread_weights_bwd(row_of: jax.Array, d_rows: jax.Array):
-    return d_rows.at[row_of].get(mode="fill", fill_value=0), None, None
-
-
-spread_weights.defvjp(_spread_weights_fwd, _spread_weights_bwd)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.kernels.grouped_matmul import grouped_matmul, make_groups, spread
-from dsv4_jax.layers.moe import tile_rows
+from dsv4_jax.layers.experts import tile_rows
 from dsv4_jax.quantization.packed import PackedFormat
 from tests.benchmarks.operation import Draw, Operation, error, wide
 from tests.kernels.packing import pack

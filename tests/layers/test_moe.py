@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import TINY, check_gradients
 
+from dsv4_jax.layers.experts import Matrices, apply_experts
 from dsv4_jax.layers.moe import MoE, Routing, adapt_sharpness, balance_record, hash_table, shares, sqrt_softplus
 
 RNG = np.random.default_rng(0)
@@ -51,6 +52,27 @@ def test_value_and_gradients_equal_a_loop_over_tokens_and_experts(routing):
     stated = lambda x, *changed: oracle.moe(x[0], rebuilt(changed), TINY, tokens)[0][None]  # noqa: E731
     # 0.7 keeps most pre-activations away from the clamp's corner at 1, where central differences mean nothing.
     check_gradients(ours, stated, (0.7 * RNG.normal(size=(1, 15, 32)), *(leaves[i] for i in moving)), tolerance=5e-4)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(
+    tokens=st.integers(1, 70), experts=st.integers(1, 9), k=st.integers(1, 4), seed=st.integers(0, 99),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)  # fmt: skip
+def test_a_tile_goes_through_all_three_products_as_it_does_through_one_after_the_other(tokens, experts, k, dtype, seed):
+    """What a CPU does alone and when it is differentiated: tiles of other sizes, 1e-6 of the largest, 2e-2 in BF16."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    matrices = Matrices(draw(experts, 16, 24), draw(experts, 16, 24), draw(experts, 24, 16))
+    x, weights = draw(tokens, 16), jnp.abs(draw(tokens, k)).astype(jnp.float32)
+    ids = jnp.asarray(rng.integers(0, experts + 1, (tokens, k)), jnp.int32)  # `experts` means none
+    apply = lambda x: apply_experts(10.0, matrices, x, ids, weights)  # noqa: E731
+    alone = apply(x)
+    differentiated, backward = jax.vjp(apply, x)
+    largest = max(float(jnp.abs(differentiated).max()), 1e-3)
+    tolerance = (1e-6 if dtype == "float32" else 2e-2) * largest
+    np.testing.assert_allclose(*(np.asarray(y, float) for y in (alone, differentiated)), rtol=0, atol=tolerance)
+    assert alone.dtype == differentiated.dtype == backward(differentiated)[0].dtype == dtype
 
 
 def test_the_bias_chooses_but_does_not_weigh():

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv4_jax.layers.moe import Matrices, apply_experts
+from dsv4_jax.layers.experts import Matrices, apply_experts
 from sharding import expert_parallel
 from sharding.expert_parallel import dispatch_experts, plan_dispatch
 from sharding.mesh import make_mesh, parse_mesh

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.platforms import by_platform
-from dsv4_jax.kernels.sparse_attention import gpu, gpu_range
+from dsv4_jax.kernels.sparse_attention import gpu, gpu_range, tpu_pages
 from dsv4_jax.kernels.sparse_attention.xla import Branch, attend_keys
 
 TILE = 1024  # entries that are decoded and attended together
@@ -49,8 +49,12 @@ def _range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) ->
 
 def gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends the entries `indices[t]` of its sequence; [B, S, k], -1 is unused."""
-    kernel = partial(gpu.forward_pages, scale=scale) if gpu.supports_pages(q, pages) else None
-    return by_platform(q, pages, indices, xla=partial(_gather_attention, scale=scale), gpu=kernel)
+    kernels = {
+        platform: partial(backend.forward_pages, scale=scale)
+        for platform, backend in (("tpu", tpu_pages), ("gpu", gpu))
+        if backend.supports_pages(q, pages)
+    }
+    return by_platform(q, pages, indices, xla=partial(_gather_attention, scale=scale), **kernels)
 
 
 def _gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: float) -> Branch:

@@ -1,0 +1,189 @@
+"""Attention over chosen entries of a cache on a TPU: their rows fetched by DMA as they are stored, undone in VMEM.
+
+For decoding, where a query or a few per sequence read entries that no other query shares. The queries of all sequences
+form one line, and so do their entries, in tiles: while a tile is undone and attended, the rows of the next one are on
+their way, of the same query or of the next. Their numbers lie in scalar memory. Of entries only what the cache holds
+is read, and nothing of them is written.
+
+All heads share a tile, and each query's softmax goes on from tile to tile in order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.sparse_attention import tpu_words
+from dsv4_jax.kernels.sparse_attention.tpu_words import PIECES
+from dsv4_jax.kernels.sparse_attention.xla import Branch
+
+LANES = 128
+TILE = 256  # entries
+FEW_QUERIES = 8  # of a sequence; XLA serves the chunks of prompts
+UNROLL = 16  # entries whose row DMAs a step of a loop issues
+CORES = 2  # of a v5p chip, which share the grid's first axis; others go through it in order
+NEVER = -1e30  # a score that no query sees; its weight is exactly zero
+
+_COMPILER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True)
+
+
+def supports_pages(q: jax.Array, pages: Pages) -> bool:
+    """Whether the kernel takes these operands: few queries a sequence, entries that `tpu_words` can read."""
+    few = q.shape[1] <= FEW_QUERIES and q.dtype in (jnp.bfloat16, jnp.float32)
+    return few and tpu_words.supports(pages)
+
+
+def forward_pages(q: jax.Array, pages: Pages, indices: jax.Array, scale: float, interpret: Any = False) -> Branch:
+    """Query t of q [B, S, H, 512] attends the entries `indices[t]` of its sequence; [B, S, k], -1 is unused.
+
+    Args:
+        q: queries, of a dtype that `supports_pages` takes, in which the products are taken.
+        pages: entries, shared by the heads.
+        indices: int32.
+        scale: factor of the scores.
+        interpret: False on a TPU; `pltpu.InterpretParams()` elsewhere.
+
+    Returns:
+        Output [B, S, H, 512] in q's dtype and log-sum-exp [B, S, H] float32, -inf where a query chose nothing.
+    """
+    batch, length, heads, width = q.shape
+    queries, tiles = batch * length, -(-indices.shape[-1] // TILE)
+    indices = jnp.pad(indices, ((0, 0), (0, 0), (0, tiles * TILE - indices.shape[-1])), constant_values=-1)
+    rows, part = tpu_words.places(pages, indices.reshape(batch, -1))
+    rows = jnp.moveaxis(rows.reshape(PIECES, queries * tiles, TILE), 0, 1)
+    part = part.reshape(queries * tiles, 1, TILE)
+    used = ((part >= 0) * (jnp.arange(TILE, dtype=jnp.int32) // UNROLL + 1)).max((1, 2))
+    planes = tpu_words.as_planes(q, pages.storage).reshape(queries, heads, width)
+    kernel = functools.partial(
+        _attend, tiles=tiles, storage=pages.storage, scale=scale, dtype=q.dtype, interpreted=bool(interpret)
+    )
+    out, lse = pl.pallas_call(
+        kernel,
+        grid_spec=_grid(queries, tiles, heads, width),
+        out_shape=[
+            jax.ShapeDtypeStruct((queries, heads, width), q.dtype),
+            jax.ShapeDtypeStruct((queries, 1, heads), jnp.float32),
+        ],
+        compiler_params=_COMPILER,
+        interpret=interpret,
+        name="gather_attention_pages",
+    )(used, rows, rows, part, planes, tpu_words.rows_of(pages))
+    return tpu_words.from_planes(out.reshape(q.shape), pages.storage), lse.reshape(q.shape[:3])
+
+
+def _grid(queries: int, tiles: int, heads: int, width: int) -> pltpu.PrefetchScalarGridSpec:
+    """A step per tile; the numbers of its rows and of the next tile's are in scalar memory."""
+    cores = CORES if queries % CORES == 0 else 1
+    steps = queries // cores * tiles
+    last = queries * tiles - 1
+    rows = lambda ahead: pl.BlockSpec(  # noqa: E731
+        (1, PIECES, TILE), lambda c, t, _: (jnp.minimum(c * steps + t + ahead, last), 0, 0), memory_space=pltpu.SMEM
+    )
+    of_query = lambda *block: pl.BlockSpec((1, *block), lambda c, t, _: (jax.lax.div(c * steps + t, tiles), 0, 0))  # noqa: E731
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(cores, steps),
+        in_specs=[
+            rows(0),
+            rows(1),
+            pl.BlockSpec((1, 1, TILE), lambda c, t, _: (c * steps + t, 0, 0)),
+            of_query(heads, width),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=[of_query(heads, width), of_query(1, heads)],
+        scratch_shapes=[
+            pltpu.VMEM((2, PIECES, TILE, 1, LANES), jnp.uint32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.VMEM((heads, LANES), jnp.float32),
+            pltpu.VMEM((heads, LANES), jnp.float32),
+            pltpu.VMEM((heads, width), jnp.float32),
+        ],
+    )
+
+
+def _attend(used_ref, rows_ref, next_ref, part_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived, top_ref,
+            total_ref, sum_ref, *, tiles, storage, scale, dtype, interpreted):  # fmt: skip
+    """One tile of one query's entries: the running maximum, total and weighted sum of each head."""
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    tile, slot = pl.program_id(0) * steps + step, step % 2
+    used = used_ref[tile]
+
+    @pl.when(step == 0)
+    def _():
+        _fetch(words_ref, rows_ref, used, buffer.at[0], arrived.at[0])
+
+    @pl.when(step + 1 < steps)
+    def _():
+        _fetch(words_ref, next_ref, used_ref[tile + 1], buffer.at[1 - slot], arrived.at[1 - slot])
+
+    @pl.when(step % tiles == 0)
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, NEVER)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(used > 0)
+    def _():
+        _wait(used, buffer.at[slot], arrived.at[slot])
+        part = part_ref[0]
+        first, second = _rows(buffer, slot, interpreted)
+        planes = tpu_words.numbers(first, second, part.reshape(-1, 1), storage)
+        keys = jnp.concatenate([plane.astype(dtype) for plane in planes], axis=1)
+        _add(q_ref[0], keys, part >= 0, scale, top_ref, total_ref, sum_ref)
+
+    @pl.when(step % tiles == tiles - 1)
+    def _():
+        total = total_ref[:, :1]
+        out_ref[0] = (sum_ref[...] / jnp.maximum(total, 1e-30)).astype(dtype)
+        lse = jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
+        lse_ref[0] = lse.reshape(1, -1)
+
+
+def _fetch(words_ref, rows_ref, used, buffer, arrived) -> None:
+    """The rows of a tile's entries on their way into `buffer` [2, tile, 1, 128], `used` loop steps of them."""
+
+    def some(i, _):
+        for entry in (i * UNROLL + j for j in range(UNROLL)):
+            for piece in range(PIECES):
+                row = words_ref.at[rows_ref[0, piece, entry]]
+                pltpu.make_async_copy(row, buffer.at[piece, entry], arrived).start()
+        return _
+
+    jax.lax.fori_loop(0, used, some, 0)
+
+
+def _wait(used, buffer, arrived) -> None:
+    """For what `_fetch` was asked for. A semaphore counts bytes: one wait for as many as a loop step's rows have."""
+    rows = buffer.at[:, :UNROLL]
+
+    def some(_, __):
+        pltpu.make_async_copy(rows, rows, arrived).wait()
+        return __
+
+    jax.lax.fori_loop(0, used, some, 0)
+
+
+def _rows(buffer, slot, interpreted):
+    """A slot's rows [2, tile, 128]: the same memory seen as dense matrices. The interpreter has no such views."""
+    shape = PIECES, buffer.shape[2], LANES
+    return buffer[slot].reshape(shape) if interpreted else buffer.reshape(2, *shape)[slot]
+
+
+def _add(q, keys, seen, scale, top_ref, total_ref, sum_ref) -> None:
+    """Keys [n, K] of which `seen` [1, n] are used, to the softmax of q [H, K]."""
+    scores = jax.lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, scores * scale, NEVER)
+    before = top_ref[:, :1]
+    top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+    kept = jnp.exp(before - top)
+    total = kept * total_ref[:, :1] + weights.sum(axis=1, keepdims=True)
+    sum_ref[...] = kept * sum_ref[...] + jnp.dot(weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+    top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
+    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)

@@ -26,7 +26,7 @@ from dsv4_jax.kernels.sparse_attention.xla import Branch
 LANES = 128
 TILE = 256  # entries
 FEW_QUERIES = 8  # of a sequence; XLA serves the chunks of prompts
-UNROLL = 16  # entries whose row DMAs a step of a loop issues
+UNROLL = 64  # entries whose row DMAs a step of a loop issues: their rows' numbers are 128 words of scalar memory
 CORES = 2  # of a v5p chip, which share the grid's first axis; others go through it in order
 NEVER = -1e30  # a score that no query sees; its weight is exactly zero
 
@@ -56,7 +56,8 @@ def forward_pages(q: jax.Array, pages: Pages, indices: jax.Array, scale: float, 
     queries, tiles = batch * length, -(-indices.shape[-1] // TILE)
     indices = jnp.pad(indices, ((0, 0), (0, 0), (0, tiles * TILE - indices.shape[-1])), constant_values=-1)
     rows, part = tpu_words.places(pages, indices.reshape(batch, -1))
-    rows = jnp.moveaxis(rows.reshape(PIECES, queries * tiles, TILE), 0, 1)
+    rows = jnp.moveaxis(rows.reshape(PIECES, queries * tiles, TILE // UNROLL, UNROLL), 0, 2)
+    rows = rows.reshape(queries * tiles, TILE // UNROLL, PIECES * UNROLL)
     part = part.reshape(queries * tiles, 1, TILE)
     used = ((part >= 0) * (jnp.arange(TILE, dtype=jnp.int32) // UNROLL + 1)).max((1, 2))
     planes = tpu_words.as_planes(q, pages.storage).reshape(queries, heads, width)
@@ -81,18 +82,23 @@ def _grid(queries: int, tiles: int, heads: int, width: int) -> pltpu.PrefetchSca
     """A step per tile; the numbers of its rows and of the next tile's are in scalar memory."""
     cores = CORES if queries % CORES == 0 else 1
     steps = queries // cores * tiles
-    last = queries * tiles - 1
-    rows = lambda ahead: pl.BlockSpec(  # noqa: E731
-        (1, PIECES, TILE), lambda c, t, _: (jnp.minimum(c * steps + t + ahead, last), 0, 0), memory_space=pltpu.SMEM
-    )
-    of_query = lambda *block: pl.BlockSpec((1, *block), lambda c, t, _: (jax.lax.div(c * steps + t, tiles), 0, 0))  # noqa: E731
+    here = lambda c, t: c * steps + t  # noqa: E731
+
+    def rows(ahead: int) -> pl.BlockSpec:
+        block = 1, TILE // UNROLL, PIECES * UNROLL
+        at = lambda c, t, _: (jnp.minimum(here(c, t) + ahead, queries * tiles - 1), 0, 0)  # noqa: E731
+        return pl.BlockSpec(block, at, memory_space=pltpu.SMEM)
+
+    def of_query(*block: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *block), lambda c, t, _: (jax.lax.div(here(c, t), tiles), 0, 0))
+
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(cores, steps),
         in_specs=[
             rows(0),
             rows(1),
-            pl.BlockSpec((1, 1, TILE), lambda c, t, _: (c * steps + t, 0, 0)),
+            pl.BlockSpec((1, 1, TILE), lambda c, t, _: (here(c, t), 0, 0)),
             of_query(heads, width),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
@@ -149,10 +155,10 @@ def _fetch(words_ref, rows_ref, used, buffer, arrived) -> None:
     """The rows of a tile's entries on their way into `buffer` [2, tile, 1, 128], `used` loop steps of them."""
 
     def some(i, _):
-        for entry in (i * UNROLL + j for j in range(UNROLL)):
-            for piece in range(PIECES):
-                row = words_ref.at[rows_ref[0, piece, entry]]
-                pltpu.make_async_copy(row, buffer.at[piece, entry], arrived).start()
+        for piece in range(PIECES):
+            for j in range(UNROLL):
+                row = words_ref.at[rows_ref[0, i, piece * UNROLL + j]]
+                pltpu.make_async_copy(row, buffer.at[piece, i * UNROLL + j], arrived).start()
         return _
 
     jax.lax.fori_loop(0, used, some, 0)

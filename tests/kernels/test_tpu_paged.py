@@ -1,4 +1,4 @@
-"""The TPU kernel for chosen entries of a cache: what it undoes bit for bit, and what it attends, in interpret mode."""
+"""The TPU kernels that read a cache's entries: what they undo bit for bit, and what they attend, in interpret mode."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,14 @@ from jax.experimental.pallas import tpu as pltpu
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import ByPart, InWords
-from dsv4_jax.kernels.sparse_attention import gather_attention, reference, tpu_pages, tpu_words
+from dsv4_jax.kernels.sparse_attention import (
+    gather_attention,
+    range_attention,
+    reference,
+    tpu_pages,
+    tpu_pages_range,
+    tpu_words,
+)
 from dsv4_jax.kernels.sparse_attention.tpu_words import BF16, FP8
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 
@@ -26,6 +33,7 @@ def small_tiles(monkeypatch):
     """A few entries per tile and loop step, so that few of them already need several of both, and padding."""
     monkeypatch.setattr(tpu_pages, "TILE", 8)
     monkeypatch.setattr(tpu_pages, "UNROLL", 4)
+    monkeypatch.setattr(tpu_pages_range, "TILE", 16)
 
 
 def close(name, found, wanted, dtype):
@@ -80,7 +88,7 @@ def check(q, pages, indices, interpret):
 @pytest.mark.usefixtures("small_tiles")
 # Not shrunk: the interpreter would need minutes for it.
 @settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     database=None,
@@ -116,6 +124,31 @@ def test_no_races_and_equal_bits(capsys):
     assert "RACE DETECTED" not in capsys.readouterr().out
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("storage", "length", "dtype", "races"),
+    [(FP8, 1, "float32", True), (FP8, 2, "bfloat16", False), (BF16, 2, "float32", False)],
+)
+def test_all_entries_of_sequences_of_all_lengths(storage, length, dtype, races, capsys):
+    """Blocks of one entry; the last tile reaches beyond a sequence's blocks. What nobody has written is NaN."""
+    rng, capacity = np.random.default_rng(length), 40
+    pool, lengths = InWords(storage, 1), np.array([37, 0, 5])
+    store = jax.tree.map(lambda x: jnp.full_like(x, NAN), pool.zeros(LAYERS, 3 * capacity))
+    tables = jnp.arange(3 * capacity, dtype=jnp.int32).reshape(3, capacity)
+    pages = Pages(store, jnp.int32(1), tables, pool, own_blocks=True)
+    index = np.where(np.arange(capacity) < lengths[:, None], np.arange(capacity), -1)
+    pages = pages.write(jnp.asarray(index, jnp.int32), jnp.asarray(rng.normal(size=(3, capacity, 512)), jnp.float32))
+    q = jnp.asarray(rng.normal(size=(3, length, 4, 512)), dtype)
+    hi = jnp.asarray(np.maximum(lengths[:, None] - np.arange(length)[::-1], 0), jnp.int32)
+    assert tpu_pages_range.supports_pages(q, pages)
+    found = tpu_pages_range.forward_pages(q, pages, hi, SCALE, pltpu.InterpretParams(detect_races=races))
+    assert "RACE DETECTED" not in capsys.readouterr().out
+    entries = jnp.nan_to_num(pages.read_entries(jnp.broadcast_to(jnp.arange(capacity), (3, capacity)), jnp.float32))
+    wanted = reference.range_attention(q.astype(jnp.float32), entries, jnp.zeros_like(hi), hi, SCALE)
+    for name, a, b in zip(("out", "lse"), found, wanted, strict=True):
+        close(name, a, b, dtype)
 
 
 def undone(storage, stored):
@@ -161,21 +194,28 @@ def test_queries_come_back_from_the_order_of_planes(storage):
     np.testing.assert_array_equal(tpu_words.from_planes(tpu_words.as_planes(x, storage), storage), x)
 
 
-def lowered(platform, q, pages, k=4):
-    indices = jnp.zeros((*q.shape[:2], k), jnp.int32)
+def taken(q, pages, platform="tpu", attend=gather_attention):
+    """Whether a program for `platform` has a kernel."""
+    number = jnp.zeros(q.shape[:2], jnp.int32)
+    args = (jnp.zeros((*q.shape[:2], 4), jnp.int32),) if attend is gather_attention else (number, number)
     with platforms.compiling_for(platform):
-        traced = jax.jit(lambda q, pages: gather_attention(q, pages, indices, SCALE)).trace(q, pages)
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+        traced = jax.jit(lambda q, pages: attend(q, pages, *args, SCALE)).trace(q, pages)
+        return "tpu_custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_only_programs_for_tpus_with_entries_that_fit_have_the_kernel(monkeypatch):
+def test_only_programs_for_tpus_with_entries_that_fit_have_the_kernels(monkeypatch):
     q = jnp.zeros((2, 1, 8, 512), jnp.bfloat16)
 
-    def pages(pool, blocks=BLOCKS):
-        return Pages(pool.zeros(1, blocks), jnp.int32(0), jnp.zeros((2, 3), jnp.int32), pool)
+    def pages(pool, blocks=BLOCKS, columns=3, **options):
+        return Pages(pool.zeros(1, blocks), jnp.int32(0), jnp.zeros((2, columns), jnp.int32), pool, **options)
 
-    fitting = pages(InWords(FP8, 32))
-    taken = lambda q, pages, platform="tpu": "tpu_custom_call" in lowered(platform, q, pages)  # noqa: E731
+    fitting, owned = pages(InWords(FP8, 32)), {"own_blocks": True, "blocks": 16, "columns": 8}
+    attended = lambda pages, *platform: taken(q, pages, *platform, attend=range_attention)  # noqa: E731
+    assert attended(pages(InWords(FP8, 1), **owned)) and attended(pages(InWords(BF16, 1), **owned))
+    assert not attended(pages(InWords(FP8, 1), **owned), "cpu")
+    assert not attended(pages(InWords(FP8, 1), **owned | {"own_blocks": False}))
+    assert not attended(pages(InWords(FP8, 32), **owned)) and not attended(pages(ByPart(FP8, 1), **owned))
+    assert not attended(pages(InWords(FP8, 1), own_blocks=True, blocks=24, columns=12))
     assert taken(q, fitting) and taken(q, pages(InWords(BF16, 32))) and taken(q, pages(InWords(FP8, 1)))
     assert not taken(q, fitting, "cpu")
     others = ByPart(FP8, 32), InWords(Fp8WithRope(512, 128), 32), InWords(Plain(512, "float32"), 32)

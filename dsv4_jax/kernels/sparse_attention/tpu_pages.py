@@ -61,11 +61,8 @@ def forward_pages(q: jax.Array, pages: Pages, indices: jax.Array, scale: float, 
     part = part.reshape(queries * tiles, 1, TILE)
     used = ((part >= 0) * (jnp.arange(TILE, dtype=jnp.int32) // UNROLL + 1)).max((1, 2))
     planes = tpu_words.as_planes(q, pages.storage).reshape(queries, heads, width)
-    kernel = functools.partial(
-        _attend, tiles=tiles, storage=pages.storage, scale=scale, dtype=q.dtype, interpreted=bool(interpret)
-    )
     out, lse = pl.pallas_call(
-        kernel,
+        functools.partial(_attend, tiles=tiles, storage=pages.storage, scale=scale, interpreted=bool(interpret)),
         grid_spec=_grid(queries, tiles, heads, width),
         out_shape=[
             jax.ShapeDtypeStruct((queries, heads, width), q.dtype),
@@ -106,16 +103,14 @@ def _grid(queries: int, tiles: int, heads: int, width: int) -> pltpu.PrefetchSca
         scratch_shapes=[
             pltpu.VMEM((2, PIECES, TILE, 1, LANES), jnp.uint32),
             pltpu.SemaphoreType.DMA((2,)),
-            pltpu.VMEM((heads, LANES), jnp.float32),
-            pltpu.VMEM((heads, LANES), jnp.float32),
-            pltpu.VMEM((heads, width), jnp.float32),
+            *sums_of(heads, width),
         ],
     )
 
 
-def _attend(used_ref, rows_ref, next_ref, part_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived, top_ref,
-            total_ref, sum_ref, *, tiles, storage, scale, dtype, interpreted):  # fmt: skip
-    """One tile of one query's entries: the running maximum, total and weighted sum of each head."""
+def _attend(used_ref, rows_ref, next_ref, part_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived, *sums,
+            tiles, storage, scale, interpreted):  # fmt: skip
+    """One tile of one query's entries."""
     step, steps = pl.program_id(1), pl.num_programs(1)
     tile, slot = pl.program_id(0) * steps + step, step % 2
     used = used_ref[tile]
@@ -128,27 +123,16 @@ def _attend(used_ref, rows_ref, next_ref, part_ref, q_ref, words_ref, out_ref, l
     def _():
         _fetch(words_ref, next_ref, used_ref[tile + 1], buffer.at[1 - slot], arrived.at[1 - slot])
 
-    @pl.when(step % tiles == 0)
-    def _():
-        top_ref[...] = jnp.full_like(top_ref, NEVER)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+    pl.when(step % tiles == 0)(lambda: begin(sums))
 
     @pl.when(used > 0)
     def _():
         _wait(used, buffer.at[slot], arrived.at[slot])
-        part = part_ref[0]
-        first, second = _rows(buffer, slot, interpreted)
-        planes = tpu_words.numbers(first, second, part.reshape(-1, 1), storage)
-        keys = jnp.concatenate([plane.astype(dtype) for plane in planes], axis=1)
-        _add(q_ref[0], keys, part >= 0, scale, top_ref, total_ref, sum_ref)
+        part, q, rows = part_ref[0], q_ref[0], _rows(buffer, slot, interpreted)
+        keys = tpu_words.keys(rows[0], rows[1], part.reshape(-1, 1), storage, q.dtype)
+        add(q, keys, part >= 0, scale, sums)
 
-    @pl.when(step % tiles == tiles - 1)
-    def _():
-        total = total_ref[:, :1]
-        out_ref[0] = (sum_ref[...] / jnp.maximum(total, 1e-30)).astype(dtype)
-        lse = jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
-        lse_ref[0] = lse.reshape(1, -1)
+    pl.when(step % tiles == tiles - 1)(lambda: finish(sums, out_ref, lse_ref))
 
 
 def _fetch(words_ref, rows_ref, used, buffer, arrived) -> None:
@@ -181,8 +165,17 @@ def _rows(buffer, slot, interpreted):
     return buffer[slot].reshape(shape) if interpreted else buffer.reshape(2, *shape)[slot]
 
 
-def _add(q, keys, seen, scale, top_ref, total_ref, sum_ref) -> None:
-    """Keys [n, K] of which `seen` [1, n] are used, to the softmax of q [H, K]."""
+def begin(sums) -> None:
+    """Nothing seen yet: each head's running maximum and total [H, 128], in every lane, and weighted sum [H, K]."""
+    top_ref, total_ref, sum_ref = sums
+    top_ref[...] = jnp.full_like(top_ref, NEVER)
+    total_ref[...] = jnp.zeros_like(total_ref)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+
+
+def add(q, keys, seen, scale, sums) -> None:
+    """Keys [n, K], of which q [H, K] sees `seen` [H or 1, n]."""
+    top_ref, total_ref, sum_ref = sums
     scores = jax.lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     scores = jnp.where(seen, scores * scale, NEVER)
     before = top_ref[:, :1]
@@ -193,3 +186,17 @@ def _add(q, keys, seen, scale, top_ref, total_ref, sum_ref) -> None:
     sum_ref[...] = kept * sum_ref[...] + jnp.dot(weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
     top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+
+
+def finish(sums, out_ref, lse_ref) -> None:
+    """Outputs [1, H, K] and log-sum-exp [1, 1, H]."""
+    top_ref, total_ref, sum_ref = sums
+    total = total_ref[:, :1]
+    out_ref[0] = (sum_ref[...] / jnp.maximum(total, 1e-30)).astype(out_ref.dtype)
+    lse = jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
+    lse_ref[0] = lse.reshape(1, -1)
+
+
+def sums_of(heads: int, width: int) -> list[Any]:
+    """Memory for `begin`, `add` and `finish`."""
+    return [pltpu.VMEM((heads, columns), jnp.float32) for columns in (LANES, LANES, width)]

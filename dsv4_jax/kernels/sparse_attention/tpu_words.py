@@ -13,6 +13,8 @@ BF16: a plane is the low or high half of a row, and their order is that of the n
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -88,6 +90,12 @@ def from_planes(x: jax.Array, storage: Storage) -> jax.Array:
     values = jnp.concatenate([planes[..., BEGIN:], planes[..., ROPE:BEGIN]], axis=-1)
     parts = [part.reshape(*x.shape[:-1], -1) for part in (values, planes[..., :ROPE])]
     return jnp.concatenate(parts, axis=-1)
+
+
+def keys(first: jax.Array, second: jax.Array, part: jax.Array, storage: Storage, dtype: Any) -> jax.Array:
+    """Rows of words of n entries, as `numbers` takes them, as keys and values [n, 512]."""
+    planes = numbers(first, second, part, storage)
+    return jnp.concatenate([plane.astype(dtype) for plane in planes], axis=1)
 
 
 def numbers(first: jax.Array, second: jax.Array, part: jax.Array, storage: Storage) -> list[jax.Array]:

@@ -60,10 +60,9 @@ def forward_pages(q: jax.Array, pages: Pages, indices: jax.Array, scale: float, 
     rows = rows.reshape(queries * tiles, TILE // UNROLL, PIECES * UNROLL)
     part = part.reshape(queries * tiles, 1, TILE)
     used = ((part >= 0) * (jnp.arange(TILE, dtype=jnp.int32) // UNROLL + 1)).max((1, 2))
-    planes = tpu_words.as_planes(q, pages.storage).reshape(queries, heads, width)
     out, lse = pl.pallas_call(
         functools.partial(_attend, tiles=tiles, storage=pages.storage, scale=scale, interpreted=bool(interpret)),
-        grid_spec=_grid(queries, tiles, heads, width),
+        grid_spec=_grid(queries, tiles, heads, width, q.dtype),
         out_shape=[
             jax.ShapeDtypeStruct((queries, heads, width), q.dtype),
             jax.ShapeDtypeStruct((queries, 1, heads), jnp.float32),
@@ -71,11 +70,11 @@ def forward_pages(q: jax.Array, pages: Pages, indices: jax.Array, scale: float, 
         compiler_params=_COMPILER,
         interpret=interpret,
         name="gather_attention_pages",
-    )(used, rows, rows, part, planes, tpu_words.rows_of(pages))
-    return tpu_words.from_planes(out.reshape(q.shape), pages.storage), lse.reshape(q.shape[:3])
+    )(used, rows, rows, part, q.reshape(queries, heads, width), tpu_words.rows_of(pages))
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
-def _grid(queries: int, tiles: int, heads: int, width: int) -> pltpu.PrefetchScalarGridSpec:
+def _grid(queries: int, tiles: int, heads: int, width: int, dtype: Any) -> pltpu.PrefetchScalarGridSpec:
     """A step per tile; the numbers of its rows and of the next tile's are in scalar memory."""
     cores = CORES if queries % CORES == 0 else 1
     steps = queries // cores * tiles
@@ -103,13 +102,13 @@ def _grid(queries: int, tiles: int, heads: int, width: int) -> pltpu.PrefetchSca
         scratch_shapes=[
             pltpu.VMEM((2, PIECES, TILE, 1, LANES), jnp.uint32),
             pltpu.SemaphoreType.DMA((2,)),
-            *sums_of(heads, width),
+            *softmax_of(heads, width, dtype),
         ],
     )
 
 
-def _attend(used_ref, rows_ref, next_ref, part_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived, *sums,
-            tiles, storage, scale, interpreted):  # fmt: skip
+def _attend(used_ref, rows_ref, next_ref, part_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived,
+            *softmax, tiles, storage, scale, interpreted):  # fmt: skip
     """One tile of one query's entries."""
     step, steps = pl.program_id(1), pl.num_programs(1)
     tile, slot = pl.program_id(0) * steps + step, step % 2
@@ -123,16 +122,16 @@ def _attend(used_ref, rows_ref, next_ref, part_ref, q_ref, words_ref, out_ref, l
     def _():
         _fetch(words_ref, next_ref, used_ref[tile + 1], buffer.at[1 - slot], arrived.at[1 - slot])
 
-    pl.when(step % tiles == 0)(lambda: begin(sums))
+    pl.when(step % tiles == 0)(lambda: begin(q_ref, storage, softmax))
 
     @pl.when(used > 0)
     def _():
         _wait(used, buffer.at[slot], arrived.at[slot])
-        part, q, rows = part_ref[0], q_ref[0], _rows(buffer, slot, interpreted)
-        keys = tpu_words.keys(rows[0], rows[1], part.reshape(-1, 1), storage, q.dtype)
-        add(q, keys, part >= 0, scale, sums)
+        part, rows = part_ref[0], _rows(buffer, slot, interpreted)
+        keys = tpu_words.keys(rows[0], rows[1], part.reshape(-1, 1), storage, q_ref.dtype)
+        add(keys, part >= 0, scale, softmax)
 
-    pl.when(step % tiles == tiles - 1)(lambda: finish(sums, out_ref, lse_ref))
+    pl.when(step % tiles == tiles - 1)(lambda: finish(storage, softmax, out_ref, lse_ref))
 
 
 def _fetch(words_ref, rows_ref, used, buffer, arrived) -> None:
@@ -165,17 +164,19 @@ def _rows(buffer, slot, interpreted):
     return buffer[slot].reshape(shape) if interpreted else buffer.reshape(2, *shape)[slot]
 
 
-def begin(sums) -> None:
-    """Nothing seen yet: each head's running maximum and total [H, 128], in every lane, and weighted sum [H, K]."""
-    top_ref, total_ref, sum_ref = sums
+def begin(q_ref, storage, softmax) -> None:
+    """Nothing seen yet by the queries [1, H, K]."""
+    planes_ref, top_ref, total_ref, sum_ref = softmax
+    planes_ref[...] = tpu_words.as_planes(q_ref[0].astype(jnp.float32), storage).astype(planes_ref.dtype)
     top_ref[...] = jnp.full_like(top_ref, NEVER)
     total_ref[...] = jnp.zeros_like(total_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
 
-def add(q, keys, seen, scale, sums) -> None:
-    """Keys [n, K], of which q [H, K] sees `seen` [H or 1, n]."""
-    top_ref, total_ref, sum_ref = sums
+def add(keys, seen, scale, softmax) -> None:
+    """Keys [n, K], of which the queries see `seen` [H or 1, n]."""
+    planes_ref, top_ref, total_ref, sum_ref = softmax
+    q = planes_ref[...]
     scores = jax.lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     scores = jnp.where(seen, scores * scale, NEVER)
     before = top_ref[:, :1]
@@ -188,15 +189,16 @@ def add(q, keys, seen, scale, sums) -> None:
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
 
 
-def finish(sums, out_ref, lse_ref) -> None:
+def finish(storage, softmax, out_ref, lse_ref) -> None:
     """Outputs [1, H, K] and log-sum-exp [1, 1, H]."""
-    top_ref, total_ref, sum_ref = sums
+    _, top_ref, total_ref, sum_ref = softmax
     total = total_ref[:, :1]
-    out_ref[0] = (sum_ref[...] / jnp.maximum(total, 1e-30)).astype(out_ref.dtype)
+    out_ref[0] = tpu_words.from_planes(sum_ref[...] / jnp.maximum(total, 1e-30), storage).astype(out_ref.dtype)
     lse = jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
     lse_ref[0] = lse.reshape(1, -1)
 
 
-def sums_of(heads: int, width: int) -> list[Any]:
-    """Memory for `begin`, `add` and `finish`."""
-    return [pltpu.VMEM((heads, columns), jnp.float32) for columns in (LANES, LANES, width)]
+def softmax_of(heads: int, width: int, dtype: Any) -> list[Any]:
+    """Memory of a softmax in progress: queries in planes [H, K]; of each head maximum, total [H, 128], sum [H, K]."""
+    sums = [pltpu.VMEM((heads, columns), jnp.float32) for columns in (LANES, LANES, width)]
+    return [pltpu.VMEM((heads, width), dtype), *sums]

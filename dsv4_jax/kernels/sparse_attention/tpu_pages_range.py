@@ -56,7 +56,6 @@ def forward_pages(q: jax.Array, pages: Pages, hi: jax.Array, scale: float, inter
     of_sequence = lambda *block: pl.BlockSpec((1, *block), lambda b, t, *_: (b, 0, 0))  # noqa: E731
     at = lambda t, tiles: jnp.minimum(t, jnp.maximum(tiles - 1, 0))  # noqa: E731
     tile = pl.BlockSpec((1, TILE, PIECES * LANES), lambda b, t, owner, tiles, _: (owner[b], at(t, tiles[b]), 0))
-    planes = tpu_words.as_planes(q, pages.storage).reshape(batch, rows, width)
     out, lse = pl.pallas_call(
         functools.partial(_attend, storage=pages.storage, scale=scale, heads=heads),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -64,7 +63,7 @@ def forward_pages(q: jax.Array, pages: Pages, hi: jax.Array, scale: float, inter
             grid=(batch, jnp.maximum(tiles.max(), 1)),
             in_specs=[of_sequence(rows, width), tile],
             out_specs=[of_sequence(rows, width), of_sequence(1, rows)],
-            scratch_shapes=tpu_pages.sums_of(rows, width),
+            scratch_shapes=tpu_pages.softmax_of(rows, width, q.dtype),
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, rows, width), q.dtype),
@@ -73,19 +72,18 @@ def forward_pages(q: jax.Array, pages: Pages, hi: jax.Array, scale: float, inter
         compiler_params=_COMPILER,
         interpret=interpret,
         name="range_attention_pages",
-    )(owner.astype(jnp.int32), tiles, hi.astype(jnp.int32), planes, words)
-    return tpu_words.from_planes(out.reshape(q.shape), pages.storage), lse.reshape(q.shape[:3])
+    )(owner.astype(jnp.int32), tiles, hi.astype(jnp.int32), q.reshape(batch, rows, width), words)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
-def _attend(_, tiles_ref, hi_ref, q_ref, words_ref, out_ref, lse_ref, *sums, storage, scale, heads):
+def _attend(_, tiles_ref, hi_ref, q_ref, words_ref, out_ref, lse_ref, *softmax, storage, scale, heads):
     """One tile of one sequence's entries."""
     b, t = pl.program_id(0), pl.program_id(1)
-    pl.when(t == 0)(lambda: tpu_pages.begin(sums))
+    pl.when(t == 0)(lambda: tpu_pages.begin(q_ref, storage, softmax))
 
     @pl.when(t < tiles_ref[b])
     def _():
-        q, words = q_ref[0], words_ref[0]
-        row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0)
+        words, row = words_ref[0], jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[1], 1), 0)
         hi = most = hi_ref[b, 0]
         for s in range(1, hi_ref.shape[1]):
             hi = jnp.where(row >= s * heads, hi_ref[b, s], hi)
@@ -94,7 +92,7 @@ def _attend(_, tiles_ref, hi_ref, q_ref, words_ref, out_ref, lse_ref, *sums, sto
             t * TILE + jax.lax.broadcasted_iota(jnp.int32, shape, i) for i, shape in enumerate(((TILE, 1), (1, TILE)))
         )
         part = jnp.where(column < most, 0, -1)
-        keys = tpu_words.keys(words[:, :LANES], words[:, LANES:], part, storage, q.dtype)
-        tpu_pages.add(q, keys, line < hi, scale, sums)
+        keys = tpu_words.keys(words[:, :LANES], words[:, LANES:], part, storage, q_ref.dtype)
+        tpu_pages.add(keys, line < hi, scale, softmax)
 
-    pl.when(t == pl.num_programs(1) - 1)(lambda: tpu_pages.finish(sums, out_ref, lse_ref))
+    pl.when(t == pl.num_programs(1) - 1)(lambda: tpu_pages.finish(storage, softmax, out_ref, lse_ref))

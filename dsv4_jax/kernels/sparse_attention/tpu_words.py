@@ -27,6 +27,7 @@ FP8, BF16 = Fp8WithRope(512, 64), Plain(512, "bfloat16")
 PIECES = 2  # rows that an entry has words in
 ROPE = FP8.rope // 4  # rotary numbers of a plane
 BEGIN = FP8.rope // 2 + 2  # the first word of FP8 numbers, behind those of rotary numbers and scales
+RUNS = ROPE, BEGIN - ROPE, LANES - BEGIN  # of a plane's lanes: rotary, of the second row, of the first
 SHARE = 32  # words of an entry's part of its second row
 
 
@@ -77,19 +78,22 @@ def as_planes(x: jax.Array, storage: Storage) -> jax.Array:
     """[.., 512] with the numbers in the order in which they are undone."""
     if storage == BF16:
         return x
-    values, rope = x[..., : -FP8.rope].reshape(*x.shape[:-1], 4, -1), x[..., -FP8.rope :].reshape(*x.shape[:-1], 4, -1)
-    planes = [rope, values[..., LANES - BEGIN :], values[..., : LANES - BEGIN]]
-    return jnp.concatenate(planes, axis=-1).reshape(x.shape)
+    values = FP8.width - FP8.rope
+    starts = [(values + ROPE * i, values // 4 * (i + 1) - BEGIN + ROPE, values // 4 * i) for i in range(4)]
+    return _cut(x, [(start, size) for plane in starts for start, size in zip(plane, RUNS, strict=True)])
 
 
 def from_planes(x: jax.Array, storage: Storage) -> jax.Array:
     """The inverse of `as_planes`."""
     if storage == BF16:
         return x
-    planes = x.reshape(*x.shape[:-1], 4, LANES)
-    values = jnp.concatenate([planes[..., BEGIN:], planes[..., ROPE:BEGIN]], axis=-1)
-    parts = [part.reshape(*x.shape[:-1], -1) for part in (values, planes[..., :ROPE])]
-    return jnp.concatenate(parts, axis=-1)
+    first = [(LANES * i + start, size) for i in range(4) for start, size in ((BEGIN, RUNS[2]), (ROPE, RUNS[1]))]
+    return _cut(x, first + [(LANES * i, ROPE) for i in range(4)])
+
+
+def _cut(x: jax.Array, runs: list[tuple[int, int]]) -> jax.Array:
+    """Runs of columns, each from a start on, behind one another."""
+    return jnp.concatenate([x[..., start : start + size] for start, size in runs], axis=-1)
 
 
 def keys(first: jax.Array, second: jax.Array, part: jax.Array, storage: Storage, dtype: Any) -> jax.Array:

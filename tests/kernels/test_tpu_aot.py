@@ -8,7 +8,7 @@ from jax.sharding import SingleDeviceSharding
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import InWords
-from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, window_attention
+from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, tpu_pages, window_attention
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 from sharding.targets import parse_target
 
@@ -87,7 +87,7 @@ def decoded(branch, chip, heads, count, pool, queries):
 def test_decoding_reads_a_cache_as_it_is_stored(branch, per_block, storage, shapes, chip):
     """One kernel, and no array as large as the entries of its queries: their rows' numbers and the queries at most."""
     heads, count = SHAPES[shapes]
-    for queries in (1, 2):
+    for queries in (1, tpu_pages.FEW_QUERIES):
         program = decoded(branch, chip, heads, count, InWords(storage, per_block), queries)
         assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1
         assert program.memory_analysis().temp_size_in_bytes < 8 * queries * (count * 16 + 2 * heads * WIDTH * 2) + 1e6

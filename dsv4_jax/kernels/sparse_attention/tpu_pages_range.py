@@ -22,8 +22,9 @@ from dsv4_jax.kernels.sparse_attention.tpu_words import LANES, PIECES
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
 TILE = 256  # entries
+VMEM_BYTES = 32 << 20  # for eight float32 queries of 128 heads; one in BF16 takes 3 MiB
 
-_COMPILER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
+_COMPILER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
 
 
 def supports_pages(q: jax.Array, pages: Pages) -> bool:

@@ -36,7 +36,9 @@ def supports(pages: Pages) -> bool:
     pool = pages.pool
     if not isinstance(pool, InWords) or pool.storage not in (FP8, BF16):
         return False
-    return len(pool.pieces) == PIECES and (pool.rows >= FEW_ROWS or pages.store["words"].shape[1] % SUBLANES == 0)
+    sizes = [piece.size for piece in pool.pieces]
+    fits = sizes == [LANES, SHARE if pool.storage == FP8 else LANES]
+    return fits and (pool.rows >= FEW_ROWS or pages.store["words"].shape[1] % SUBLANES == 0)
 
 
 def rows_of(pages: Pages) -> jax.Array:

@@ -27,7 +27,7 @@ class Pages:
         layer: which layer, int32 [].
         tables: block numbers [B, N].
         pool: how blocks keep their entries.
-        own_blocks: sequence b has the blocks b * N .. (b + 1) * N, and no other sequence does.
+        own_blocks: sequence b has the blocks b * N .. (b + 1) * N, in order, and no other sequence does.
     """
 
     store: Stored

@@ -15,7 +15,8 @@ from dsv4_jax.kernels import indexer_topk, sparse_attention
 from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands
 from dsv4_jax.kernels.pages import Pages
-from dsv4_jax.kernels.pools import ByPart
+from dsv4_jax.kernels.platforms import compiled_for
+from dsv4_jax.kernels.pools import pool_of
 from dsv4_jax.kernels.sparse_attention.xla import attend_keys
 from dsv4_jax.quantization.storage import Storage, cache_format
 from tests.benchmarks.expert_operations import expert_gradients, experts
@@ -137,7 +138,8 @@ def _paged_attention(
 ) -> Operation:
     heads, width, scale = config.num_attention_heads, config.head_dim, config.head_dim**-0.5
     storage = cache_format(config, "deployed").entry
-    q, (pages, kv) = draw(rows, 1, heads, width), _pages(storage, draw, rows, entries, width)
+    per_block = {"gather": 32, "range": 1}[kind]  # of CSA and HCA layers in blocks of 128 tokens
+    q, (pages, kv) = draw(rows, 1, heads, width), _pages(storage, draw, rows, entries, width, per_block)
     if kind == "gather":
         choice = draw.choices(rows, 1, entries, config.index_topk)
         seen = choice.shape[-1]
@@ -169,17 +171,16 @@ def _paged_index(config: DeepseekV4Config, entries: int, rows: int, draw: Draw) 
     return Operation("index scores and top-k, decode", (queries, pages, weights, hi), run, flops, moved, check)
 
 
-def _pages(storage: Storage, draw: Draw, rows: int, entries: int, width: int) -> tuple[Pages, jax.Array]:
-    """Pages of random entries, as many blocks as they need, and the entries as they are stored."""
-    per_block = 32
-    blocks = -(-entries // per_block)
-    values = draw(rows * blocks, per_block, width)
-    stored = storage.encode(values)
-    tables = jnp.arange(rows * blocks, dtype=jnp.int32).reshape(rows, blocks)
-    store = {name: x[None] for name, x in stored.items()}
-    pages = Pages(store, jnp.int32(0), tables, ByPart(storage, per_block), own_blocks=True)
-    kept = storage.decode(stored, jnp.float32).reshape(rows, -1, width)[:, :entries]
-    return pages, kept
+def _pages(
+    storage: Storage, draw: Draw, rows: int, entries: int, width: int, per_block: int = 32
+) -> tuple[Pages, jax.Array]:
+    """Pages of random entries, in as many blocks as they need and as a cache keeps them, and the entries as stored."""
+    pool, columns = pool_of(storage, per_block, in_words=compiled_for() == "tpu"), -(-entries // per_block)
+    tables = jnp.arange(rows * columns, dtype=jnp.int32).reshape(rows, columns)
+    empty = Pages(pool.zeros(1, rows * columns), jnp.int32(0), tables, pool, own_blocks=True)
+    values, index = draw(rows, entries, width), jnp.arange(entries, dtype=jnp.int32)
+    pages = empty.write(jnp.broadcast_to(index, (rows, entries)), values)
+    return pages, storage.decode(storage.encode(values), jnp.float32)
 
 
 def _some(queries: int) -> slice:

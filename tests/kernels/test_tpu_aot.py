@@ -6,7 +6,10 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from dsv4_jax.kernels import platforms
-from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, window_attention
+from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.pools import InWords
+from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, tpu_pages, window_attention
+from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 from sharding.targets import parse_target
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -63,3 +66,28 @@ def test_kernels_compile_at_the_releases_shapes(branch, entries, kernels, shapes
     results = LENGTH * heads * WIDTH * 2
     chosen = 64 * count * WIDTH * 4 + 3 * entries * WIDTH * 4 if branch is gathered else 2 * entries * WIDTH * 4
     assert program.memory_analysis().temp_size_in_bytes < 3 * results + 1.5 * chosen
+
+
+def decoded(branch, chip, heads, count, pool, queries):
+    """`branch` of eight sequences with `queries` each over the pages of a cache for 128K tokens, for one `chip`."""
+    placed, batch, columns = SingleDeviceSharding(parse_target(SLICES[chip]).devices()[0]), 8, 1024
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)  # noqa: E731
+    store = {name: array(x.dtype, *x.shape) for name, x in jax.eval_shape(lambda: pool.zeros(4, 8192)).items()}
+    pages = Pages(store, array(jnp.int32), array(jnp.int32, batch, columns), pool, own_blocks=True)
+    q, indices = array(jnp.bfloat16, batch, queries, heads, WIDTH), array(jnp.int32, batch, queries, count)
+    with platforms.compiling_for("tpu"):
+        return jax.jit(branch).trace(q, pages, indices).lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", SLICES)
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("storage", [Fp8WithRope(WIDTH, 64), Plain(WIDTH, "bfloat16")], ids=["fp8", "bf16"])
+@pytest.mark.parametrize(("branch", "per_block"), [(gathered, 32), (ranged, 1)])
+def test_decoding_reads_a_cache_as_it_is_stored(branch, per_block, storage, shapes, chip):
+    """One kernel, and no array as large as the entries of its queries: their rows' numbers and the queries at most."""
+    heads, count = SHAPES[shapes]
+    for queries in (1, tpu_pages.FEW_QUERIES):
+        program = decoded(branch, chip, heads, count, InWords(storage, per_block), queries)
+        assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1
+        assert program.memory_analysis().temp_size_in_bytes < 8 * queries * (count * 16 + 2 * heads * WIDTH * 2) + 1e6

@@ -6,7 +6,9 @@ only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.platforms import by_platform
-from dsv4_jax.kernels.sparse_attention import gpu, gpu_range
+from dsv4_jax.kernels.sparse_attention import gpu, gpu_range, tpu_pages, tpu_pages_range
 from dsv4_jax.kernels.sparse_attention.xla import Branch, attend_keys
 
 TILE = 1024  # entries that are decoded and attended together
@@ -22,8 +24,8 @@ TILE = 1024  # entries that are decoded and attended together
 
 def range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends the entries i < hi_t of its sequence; hi [B, S]."""
-    kernel = partial(gpu_range.forward_pages, scale=scale) if gpu_range.supports_pages(q, pages) else None
-    return by_platform(q, pages, hi, xla=partial(_range_attention, scale=scale), gpu=kernel)
+    kernels = _kernels(q, pages, scale, tpu=tpu_pages_range, gpu=gpu_range)
+    return by_platform(q, pages, hi, xla=partial(_range_attention, scale=scale), **kernels)
 
 
 def _range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) -> Branch:
@@ -49,8 +51,8 @@ def _range_attention(q: jax.Array, pages: Pages, hi: jax.Array, scale: float) ->
 
 def gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends the entries `indices[t]` of its sequence; [B, S, k], -1 is unused."""
-    kernel = partial(gpu.forward_pages, scale=scale) if gpu.supports_pages(q, pages) else None
-    return by_platform(q, pages, indices, xla=partial(_gather_attention, scale=scale), gpu=kernel)
+    kernels = _kernels(q, pages, scale, tpu=tpu_pages, gpu=gpu)
+    return by_platform(q, pages, indices, xla=partial(_gather_attention, scale=scale), **kernels)
 
 
 def _gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: float) -> Branch:
@@ -62,6 +64,12 @@ def _gather_attention(q: jax.Array, pages: Pages, indices: jax.Array, scale: flo
 
     chunk = chunk_length(length, batch * indices.shape[-1] * max(heads, width))
     return join(jax.lax.map(one, (split(q, chunk), split(indices, chunk, fill=-1))), length)
+
+
+def _kernels(q: jax.Array, pages: Pages, scale: float, **backends: Any) -> dict[str, Callable[..., Branch]]:
+    """The kernels that take these operands, by platform."""
+    taking = {platform: x for platform, x in backends.items() if x.supports_pages(q, pages)}
+    return {platform: partial(backend.forward_pages, scale=scale) for platform, backend in taking.items()}
 
 
 def _clean(keys: jax.Array, seen: jax.Array) -> jax.Array:

@@ -94,6 +94,17 @@ class Machine:
                 self.registers[to] = self.shared.view(kind)[words].astype(np.int64)
                 for warp in words.reshape(-1, 32):  # of 32 banks each gives one word at a time
                     self.bank_conflicts += np.bincount(np.unique(warp) % 32).max() - 1
+            case "ld.shared.v4.b32":
+                words = self.address(rest[0], 16)[:, None] // 4 + np.arange(4)
+                for register, found in zip(self.names(to), self.shared.view(np.uint32)[words].T, strict=True):
+                    self.registers[register] = found.astype(np.int64)
+                for eight in words.reshape(-1, 32):  # threads whose 128 bytes come together
+                    self.bank_conflicts += np.bincount(np.unique(eight) % 32).max() - 1
+            case "ld.shared.u8":
+                address = self.address(rest[0], 1)
+                self.registers[to] = self.shared[address].astype(np.int64)
+                for warp in address.reshape(-1, 32) // 4:
+                    self.bank_conflicts += np.bincount(np.unique(warp) % 32).max() - 1
             case "ld.global.b32":
                 self.registers[to] = self.read(rest[0], 4).view(np.int32)[:, 0].astype(np.int64)
             case "ld.global.u8":

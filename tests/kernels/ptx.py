@@ -139,12 +139,13 @@ class Machine:
                 for address, row in zip(self.address(to, words.shape[1]), words, strict=True):
                     offset = address & ((1 << 20) - 1)
                     self.arrays[(address >> 20) - 1][offset : offset + row.size] = row
-            case "cp.async.cg.shared.global":
-                source, size, read = rest
-                assert size == "16"
-                data = self.read(source, 16, self.value(read) > 0)
-                self.write(to, np.where((self.value(read) > 0)[:, None], data, 0).astype(np.uint8))
-            case "cp.async.wait_all":
+            case "cp.async.cg.shared.global" | "cp.async.ca.shared.global":
+                source, size, *count = rest  # bytes beyond the count are zero
+                assert size == "16" or name == "cp.async.ca.shared.global"
+                wanted = active & (self.value(count[0]) > 0) if count else active
+                data = self.read(source, int(size), wanted)
+                self.write(to, np.where(wanted[:, None], data, 0).astype(np.uint8), active)
+            case "cp.async.wait_all" | "cp.async.wait_group" | "cp.async.commit_group" | "bar.warp.sync":
                 pass
             case _:
                 raise NotImplementedError(name)

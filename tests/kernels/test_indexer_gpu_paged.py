@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from ptx import Machine
 
 from dsv4_jax.kernels import platforms
-from dsv4_jax.kernels.indexer_topk import PagedOperands, Search, gpu, gpu_keys, gpu_paged, index_topk, paged
+from dsv4_jax.kernels.indexer_topk import (
+    PagedOperands,
+    Search,
+    gpu,
+    gpu_keys,
+    gpu_paged,
+    gpu_paged_scores,
+    index_topk,
+    paged,
+)
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import ByPart, InWords
 from dsv4_jax.quantization.storage import Fp4, Plain
@@ -35,7 +44,7 @@ STORAGE = Fp4(gpu_paged.WIDTH)
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    monkeypatch.setattr(gpu_paged, "PROGRAMS", 3)
+    monkeypatch.setattr(gpu_paged_scores, "PROGRAMS", 3)
 
 
 def drawn(seed, seen, columns, length=1, heads=64, per_block=32, bits=255):
@@ -99,7 +108,7 @@ def test_more_tiles_than_slots_and_many_equal_scores(interpreter):
 )  # fmt: skip
 def test_any_sequences(seen, length, k, heads, per_block, programs, bits, seed, interpreter):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_paged, "PROGRAMS", programs)
+        patch.setattr(gpu_paged_scores, "PROGRAMS", programs)
         check(*drawn(seed, seen, 256 // per_block, length, heads, per_block, bits), k, interpreter)
 
 
@@ -114,28 +123,29 @@ def test_chunks_of_sequences_and_groups_of_keys_make_no_difference(interpreter, 
 def test_scores_are_rounded_to_bf16_as_elsewhere(interpreter):
     operands, hi = drawn(3, [250, 100], 8)
     operands = operands._replace(weights=jnp.abs(operands.weights))  # scores lie near each other
-    choose = lambda search: positions(paged.index_topk(*operands, hi, 40, search))  # noqa: E731
+    elsewhere = lambda search: positions(paged.index_topk(*operands, hi, 40, search))  # noqa: E731
     found = gpu_paged.index_topk(*operands, hi, 40, Search(bf16=True), interpreter)
-    np.testing.assert_array_equal(found, choose(Search(bf16=True)))
-    assert (choose(Search(bf16=True)) != choose(Search())).any()
+    np.testing.assert_array_equal(found, elsewhere(Search(bf16=True)))
+    assert (elsewhere(Search(bf16=True)) != elsewhere(Search())).any()
 
 
-@given(seen=st.lists(st.integers(0, 999), min_size=1, max_size=9), programs=st.integers(1, 40))
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
-def test_programs_share_the_tiles_that_are_seen_equally(seen, programs):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_paged, "PROGRAMS", programs)
-        starts, share = (np.asarray(x) for x in gpu_paged.shares(jnp.asarray(seen, jnp.int32)))
-    tiles = [(b, i) for b, count in enumerate(seen) for i in range(-(-count // gpu.ROWS))]
-    parts = [
-        [(b, i - starts[b]) for b in range(first, last) for i in range(max(begin, starts[b]), min(end, starts[b + 1]))]
-        for begin, end, first, last in share.T
-    ]
-    assert sum(parts, []) == tiles
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+@pytest.mark.parametrize("per_block", gpu_paged.BLOCKS)
+def test_threads_copy_the_blocks_that_a_table_names(per_block):
+    """A tile's columns begin at 4; all from 5 on are column 5. Words of scales are written by each thread of a key."""
+    rng, blocks = np.random.default_rng(0), 64 // per_block
+    packed, scales = (rng.integers(0, 256, (7, per_block, size), np.uint8) for size in (64, 4))
+    table = np.asarray([0, 0, 0, 0, 3, 1, 99, 99], np.int32)
+    for wanted in (1, 0):
+        numbers = 2, 4, 5, wanted  # the layer's blocks begin at 2
+        machine = Machine([packed, scales, table], 64 * 68, [None, None, None, 0, 64 * 64, Machine.thread, *numbers])
+        machine.run(gpu_keys.fetch_ptx(per_block))
+        assert (machine.written[: 64 * 64] == wanted).all() and (machine.written[64 * 64 :] == 4 * wanted).all()
+        read = 2 + table[np.minimum(4 + np.arange(blocks), 5)]
+        copied = np.concatenate([packed[read].reshape(-1), scales[read].reshape(-1)])
+        np.testing.assert_array_equal(machine.shared, copied * wanted)
 
 
-def test_each_thread_undoes_its_numbers_exactly():
+def test_threads_undo_their_numbers_exactly():
     """As the left operand of a product: 16 rows a warp, 8 columns at a time, two neighbours a register."""
     layout = gpu_keys.NUMBERS.layout.to_mgpu()
     assert [size for size in layout.registers_shape((64, 128)) if size > 1] == [16, 2]  # eight, row + 8
@@ -145,7 +155,7 @@ def test_each_thread_undoes_its_numbers_exactly():
     scales[::9, 1] = 255
     shared = np.concatenate([packed.reshape(-1), scales.reshape(-1)])
     count = gpu_keys.OPERANDS
-    machine = Machine([], shared, [*[0] * count, 0, packed.size, Machine.thread]).run(gpu_keys.undo_ptx())
+    machine = Machine([], shared, [*[0] * count, 0, packed.size, Machine.thread]).run(gpu_keys.undo_ptx(0))
     assert machine.bank_conflicts == 0
     pairs = np.stack([machine.registers[f"${i}"] for i in range(count)], 1).astype(np.uint32)
     numbers = pairs.view(ml_dtypes.bfloat16).reshape(4, 8, 4, 16, 2, 2)  # warp, row, quad | eight, row + 8, pair
@@ -178,7 +188,7 @@ def test_decoding_takes_the_kernels_on_hopper_for_what_they_can_read(monkeypatch
     assert not kernels(*drawn(0, [100], 5, heads=12))
     assert not kernels(stored(ByPart(Plain(gpu_paged.WIDTH, "bfloat16"), 32)))
     assert not kernels(stored(InWords(STORAGE, 32)))
-    assert not kernels(stored(ByPart(STORAGE, 16)))
+    assert not kernels(stored(ByPart(STORAGE, 8)))
 
 
 @pytest.mark.aot

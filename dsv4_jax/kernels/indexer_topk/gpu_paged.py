@@ -9,13 +9,14 @@ The kernels are imported where they are traced: not every jaxlib has Mosaic GPU.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.chunks import chunk_length, join, split
-from dsv4_jax.kernels.indexer_topk.gpu import MOST_CHOSEN, PROGRAMS, ROWS, SCORES, WHOLE, places
+from dsv4_jax.kernels.indexer_topk.gpu import MOST_CHOSEN, ROWS, SCORES, WHOLE, places
 from dsv4_jax.kernels.indexer_topk.operands import EXACT, PagedOperands, Search
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.platforms import is_hopper
@@ -25,15 +26,17 @@ from dsv4_jax.quantization.storage import Fp4
 
 WIDTH = 128  # numbers of a key
 FEW = 4  # queries of a sequence, whose heads' weights still fit the registers
-BLOCKS = (32, 64)  # keys of one: their scales begin where a copy can begin, and whole ones make a tile
+BLOCKS = (16, 32, 64)  # keys of one, of which a warp has 16
 
 
 def supports(operands: PagedOperands, k: int) -> bool:
     """Whether the kernels take these operands and the program is compiled for a GPU that has their instructions."""
     (queries, pages, _), (_, length, heads, _) = operands, operands.queries.shape
-    stored = isinstance(pages.pool, ByPart) and pages.storage == Fp4(WIDTH) and pages.per_block in BLOCKS
+    if not (isinstance(pages.pool, ByPart) and pages.storage == Fp4(WIDTH) and pages.per_block in BLOCKS):
+        return False
+    stored = math.prod(pages.store["packed"].shape[:3]) < 2**31 and length * _wide(pages) <= SCORES
     shaped = length <= FEW and heads % 8 == 0 and heads <= ROWS and k <= MOST_CHOSEN
-    return stored and shaped and length * _wide(pages) <= SCORES and queries.dtype == jnp.bfloat16 and is_hopper()
+    return stored and shaped and queries.dtype == jnp.bfloat16 and is_hopper()
 
 
 def index_topk(
@@ -73,23 +76,6 @@ def index_topk(
     chunk = chunk_length(batch, length * _wide(pages), most=SCORES)
     rows = queries, weights, pages.tables, jnp.clip(hi, 0, pages.capacity)
     return join(jax.lax.map(one, split(jax.tree.map(lambda x: x[None], rows), chunk)), batch)[0]
-
-
-def shares(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which tiles of ROWS keys each program has, of those that hold the first `seen` [B] keys of each sequence.
-
-    Tiles of all sequences are counted one after the other.
-
-    Returns:
-        int32 [B + 1]: the first tile of each sequence, and how many there are.
-        int32 [4, programs]: the first tile of each program, one past the last; its first sequence, one past the last.
-    """
-    starts = jnp.pad(jnp.cumsum(-(-seen // ROWS), dtype=jnp.int32), (1, 0))
-    edges = jnp.arange(PROGRAMS + 1, dtype=jnp.int32) * starts[-1] // PROGRAMS
-    begin, end = edges[:-1], edges[1:]
-    first = (starts[1:, None] <= begin).sum(0, dtype=jnp.int32)
-    last = jnp.where(begin < end, (starts[:-1, None] < end).sum(0, dtype=jnp.int32), first)
-    return starts, jnp.stack([begin, end, first, last])
 
 
 def _wide(pages: Pages) -> int:

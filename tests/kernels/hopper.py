@@ -20,6 +20,17 @@ def close(name, found, wanted, tolerance=TOLERANCE):
     assert np.abs(found[finite] - wanted[finite]).max(initial=0) <= tolerance * largest, name
 
 
+def sorted_choice(numbers, lo, hi, k):
+    """Of each row [.., n] the k largest numbers by position, then -1: a stable sort."""
+    choice = np.full((*lo.shape, min(k, numbers.shape[-1])), -1)
+    for at in np.ndindex(lo.shape):
+        visible = np.arange(max(lo[at], 0), min(hi[at], numbers.shape[-1]))
+        visible = visible[numbers[at][visible] > -np.inf]
+        best = np.sort(visible[np.argsort(-numbers[at][visible], kind="stable")][:k])
+        choice[at][: len(best)] = best
+    return choice
+
+
 def unswizzled(shared, width):
     """A tile's bytes as [64, K] BF16: the 128-byte swizzle xors bits 4 to 6 of an address with bits 7 to 9."""
     address = np.arange(shared.size)

@@ -94,6 +94,17 @@ class Machine:
                 self.registers[to] = self.shared.view(kind)[words].astype(np.int64)
                 for warp in words.reshape(-1, 32):  # of 32 banks each gives one word at a time
                     self.bank_conflicts += np.bincount(np.unique(warp) % 32).max() - 1
+            case "ld.shared.v4.b32":
+                words = self.address(rest[0], 16)[:, None] // 4 + np.arange(4)
+                for register, found in zip(self.names(to), self.shared.view(np.uint32)[words].T, strict=True):
+                    self.registers[register] = found.astype(np.int64)
+                for eight in words.reshape(-1, 32):  # threads whose 128 bytes come together
+                    self.bank_conflicts += np.bincount(np.unique(eight) % 32).max() - 1
+            case "ld.shared.u8":
+                address = self.address(rest[0], 1)
+                self.registers[to] = self.shared[address].astype(np.int64)
+                for warp in address.reshape(-1, 32) // 4:
+                    self.bank_conflicts += np.bincount(np.unique(warp) % 32).max() - 1
             case "ld.global.b32":
                 self.registers[to] = self.read(rest[0], 4).view(np.int32)[:, 0].astype(np.int64)
             case "ld.global.u8":
@@ -128,12 +139,13 @@ class Machine:
                 for address, row in zip(self.address(to, words.shape[1]), words, strict=True):
                     offset = address & ((1 << 20) - 1)
                     self.arrays[(address >> 20) - 1][offset : offset + row.size] = row
-            case "cp.async.cg.shared.global":
-                source, size, read = rest
-                assert size == "16"
-                data = self.read(source, 16, self.value(read) > 0)
-                self.write(to, np.where((self.value(read) > 0)[:, None], data, 0).astype(np.uint8))
-            case "cp.async.wait_all":
+            case "cp.async.cg.shared.global" | "cp.async.ca.shared.global":
+                source, size, *count = rest  # bytes beyond the count are zero
+                assert size == "16" or name == "cp.async.ca.shared.global"
+                wanted = active & (self.value(count[0]) > 0) if count else active
+                data = self.read(source, int(size), wanted)
+                self.write(to, np.where(wanted[:, None], data, 0).astype(np.uint8), active)
+            case "cp.async.wait_all" | "cp.async.wait_group" | "cp.async.commit_group" | "bar.warp.sync":
                 pass
             case _:
                 raise NotImplementedError(name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper import CALL, arrays, bf16, compile_for, int32, spilled
+from hopper import CALL, arrays, bf16, compile_for, int32, sorted_choice, spilled
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ptx import Machine
@@ -34,17 +34,6 @@ def drawn(rng, batch, length, entries, heads=64, width=64, levels=2):
     lo[:, -1] = hi[:, -1]
     operands = IndexOperands(queries, keys, draw(batch, length, heads, dtype=jnp.float32))
     return operands, jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
-
-
-def sorted_choice(numbers, lo, hi, k):
-    """Of each row [.., n] the k largest numbers by position, then -1: a stable sort."""
-    choice = np.full((*lo.shape, min(k, numbers.shape[-1])), -1)
-    for at in np.ndindex(lo.shape):
-        visible = np.arange(max(lo[at], 0), min(hi[at], numbers.shape[-1]))
-        visible = visible[numbers[at][visible] > -np.inf]
-        best = np.sort(visible[np.argsort(-numbers[at][visible], kind="stable")][:k])
-        choice[at][: len(best)] = best
-    return choice
 
 
 def scores_of(operands):

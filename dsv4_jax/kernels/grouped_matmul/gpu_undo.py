@@ -177,27 +177,30 @@ def _undo_fp8(eight: int, factor: int) -> list[str]:
 
 
 def _undo_fp4(eight: int, factor: int) -> list[str]:
-    """Two inputs of four columns: one word, whose bytes have an input in each half.
+    """Two inputs of four columns: one word, whose bytes have an input in each half."""
+    load = f"ld.shared.b32 word0, [from{eight % 2} + {1024 * (eight // 2)}];"
+    return [load, *fp4_numbers("word0", [(_out(column, eight), f"factor{factor + column}") for column in range(4)])]
+
+
+def fp4_numbers(word: str, products: list[tuple[str, str]]) -> list[str]:
+    """The numbers of a word's four bytes in BF16: of each byte both, times a factor, in one register.
 
     Both bytes of a BF16 number's size are looked up by the low three bits of its code; the fourth is its sign.
+
+    Args:
+        word: the register that holds them.
+        products: of each byte where its numbers go, and the register with their factor, twice.
     """
-    parts = [
-        f"ld.shared.b32 word0, [from{eight % 2} + {1024 * (eight // 2)}];",
-        "and.b32 size, word0, 0x77777777;",
-        "shl.b32 shifted, word0, 4;",
-    ]
+    parts = [f"and.b32 size, {word}, 0x77777777;", f"shl.b32 shifted, {word}, 4;"]
     for half, signs in enumerate(("0xD9C8", "0xFBEA")):
         parts += [
             *(["shr.u32 size, size, 16;"] if half else []),
             "prmt.b32 high, 0x3F3F3F00, 0x40404040, size;",
             "prmt.b32 low, 0xC0800000, 0xC0804000, size;",
-            f"prmt.b32 sign, shifted, word0, {signs};",
+            f"prmt.b32 sign, shifted, {word}, {signs};",
             "and.b32 sign, sign, 0x80808080;",
             "or.b32 high, high, sign;",
         ]
-        for column, order in enumerate((FIRST, SECOND)):
-            parts += [
-                f"prmt.b32 raw, low, high, {order};",
-                f"mul.rn.bf16x2 {_out(2 * half + column, eight)}, raw, factor{factor + 2 * half + column};",
-            ]
+        for order, (out, factor) in zip((FIRST, SECOND), products[2 * half : 2 * half + 2], strict=True):
+            parts += [f"prmt.b32 raw, low, high, {order};", f"mul.rn.bf16x2 {out}, raw, {factor};"]
     return parts

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from dsv4_jax.kernels.indexer_topk import gpu, paged, tpu, xla
+from dsv4_jax.kernels.indexer_topk import gpu, gpu_paged, paged, tpu, xla
 from dsv4_jax.kernels.indexer_topk.kl import IndexLoss, index_loss
 from dsv4_jax.kernels.indexer_topk.operands import CANDIDATES, EXACT, IndexOperands, PagedOperands, Search
 from dsv4_jax.kernels.platforms import by_platform
@@ -30,7 +30,9 @@ def index_topk(
         is the backend's: best first in XLA, by position from the kernels.
     """
     if isinstance(operands, PagedOperands):
-        return paged.index_topk(*operands, hi, min(k, operands.pages.capacity), search)
+        choose = {"k": min(k, operands.pages.capacity), "search": search}
+        kernel = partial(gpu_paged.index_topk, **choose) if gpu_paged.supports(operands, choose["k"]) else None
+        return by_platform(*operands, hi, xla=partial(paged.index_topk, **choose), gpu=kernel)
     # The barrier ties the bounds to the operands. By themselves they are the same in every layer of a scan, and its
     # differentiation would compute their masks, queries x entries, before the loop and keep them.
     arrays = jax.lax.optimization_barrier(jax.lax.stop_gradient((*operands, lo, hi)))

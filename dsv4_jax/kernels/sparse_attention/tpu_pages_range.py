@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels.pages import Pages
-from dsv4_jax.kernels.pools import SUBLANES
+from dsv4_jax.kernels.rows import SUBLANES
 from dsv4_jax.kernels.sparse_attention import tpu_pages, tpu_words
 from dsv4_jax.kernels.sparse_attention.tpu_words import LANES, PIECES
 from dsv4_jax.kernels.sparse_attention.xla import Branch

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels.pages import Pages
-from dsv4_jax.kernels.pools import FEW_ROWS, LANES, SUBLANES, InWords
+from dsv4_jax.kernels.pools import InWords
+from dsv4_jax.kernels.rows import FEW_ROWS, LANES, SUBLANES
 from dsv4_jax.quantization.storage import FP8_BLOCK, Fp8WithRope, Plain, Storage
 
 FP8, BF16 = Fp8WithRope(512, 64), Plain(512, "bfloat16")

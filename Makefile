@@ -13,7 +13,8 @@ AOT_READY := $(AOT_VENV)/.ready
 help:
 	@echo "make train      train the nano model on real text (about 10 minutes on 2 cores)"
 	@echo "make test       the tests"
-	@echo "make lint       ruff and pyright"
+	@echo "make lint       ruff"
+	@echo "make types      pyright"
 	@echo "make slow       the slow tests, and those of inference on programs compiled as users compile them"
 	@echo "make reference  the comparison with PyTorch implementations (installs torch and transformers)"
 	@echo "make aot        what compiles for TPUs and GPUs that are not here (installs their compilers; Linux on x86-64)"

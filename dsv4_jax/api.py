@@ -53,12 +53,19 @@ class Model:
 
         With a `cache` the tokens follow what it holds, and the result is (output, cache with these tokens). Compiled at
         the first call for each shape of tokens and cache and each choice of options.
+
+        Raises:
+            ValueError: for options that do not go together, as of `dsv4_jax.model.forward`.
         """
         out = _compiled_forward(self.config, params, jnp.asarray(tokens, jnp.int32), cache=cache, **options)
         return out if cache is None else (out, out.cache)
 
     def init_cache(self, batch: int, capacity: int, format: str = "float32", blocks: int | None = None) -> Cache:
-        """An empty cache for `batch` sequences of up to `capacity` tokens; see `layers.kv_cache.init_cache`."""
+        """An empty cache for `batch` sequences of up to `capacity` tokens; see `layers.kv_cache.init_cache`.
+
+        Raises:
+            UserError: for a format that there is not, or that the widths do not allow.
+        """
         return init_cache(self.config, batch, capacity, format, blocks)
 
     def engine(self, **options: Any) -> Engine:
@@ -103,6 +110,9 @@ def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:
     Args:
         config: a preset's name ("nano", "v4-flash", ...) or a configuration.
         key: a `jax.random.key`, or its seed.
+
+    Raises:
+        ConfigError: for a name that is no preset's.
     """
     config = preset(config) if isinstance(config, str) else config
     key = jax.random.key(key) if isinstance(key, int) else key

@@ -113,7 +113,7 @@ class Output(NamedTuple):
     """What a forward returns.
 
     logits: [B, S, V] float32, or None when not asked for.
-    hidden: [B, S, D], normed: what the output matrix multiplies.
+    hidden: [B, S, D] in the compute dtype, normed: what the output matrix multiplies.
     mtp_hidden: the same of the MTP module, or None; position t predicts token t+2.
     layers: one record per block, the MTP block last when it ran: "load", "balance", "hc_errors", "index_loss".
     streams: [B, S, n, D] behind the last block: what the MTP module reads.
@@ -174,6 +174,9 @@ def forward(
         policy: rounding by tensor role.
         partition: how arrays lie on devices (`sharding/`); by default on one, or as the compiler finds best.
         observer: sees what the layers computed with and adds to their records (`analysis/trace.py`).
+
+    Raises:
+        ValueError: for a cache together with `segment_ids`, `mtp` or `index_loss`, and `expert_ids` of a wrong shape.
     """
     asked = AttentionOptions(attention, index_loss, policy, observer)
     options = Options(asked, record, keep_all, remat == "block", unroll, partition)

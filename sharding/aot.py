@@ -158,6 +158,9 @@ def compile_for(program: Program, target: Target, mesh: Mesh, say: Callable[[str
         target: the machine.
         mesh: of the target's devices.
         say: told what is being done.
+
+    Returns:
+        The report; with a `refusal` where the compiler finds no room.
     """
     say("tracing")
     started = time.perf_counter()

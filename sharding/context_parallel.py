@@ -81,7 +81,10 @@ class Shards(Neighbours):
     count: int
 
     def before(self, rows: Any, count: int) -> Any:
-        """The devices to the left send their last rows, as many devices as hold `count`; before the row: zeros."""
+        """See `Neighbours.before`, arrays [B, S / C, ..] -> [B, count + S / C, ..]; zeros before the row.
+
+        The devices to the left send their last rows, as many devices as hold `count` of them.
+        """
         return jax.tree.map(lambda x: self._behind_earlier(x, count), rows)
 
     def _behind_earlier(self, x: jax.Array, count: int) -> jax.Array:
@@ -94,7 +97,10 @@ class Shards(Neighbours):
         return jnp.concatenate(parts[::-1], axis=1)
 
     def gather(self, entries: jax.Array, blocks: Blocks) -> jax.Array:
-        """The entries of all devices, in the row's order; behind the last one others repeat and nothing sees them."""
+        """See `Neighbours.gather`, [B, T, K] of each device -> [B, T * C, K] in the order of the row.
+
+        Behind the last entry others repeat, and nothing sees them.
+        """
         everyone = jax.lax.all_gather(entries, self.axes, axis=1, tiled=True)
         if blocks.order is None:
             return everyone

@@ -96,7 +96,7 @@ def dispatch_experts(
         headroom: capacity of a round over the mean load of an owner.
 
     Returns:
-        [B, S, D], laid out as x.
+        [B, S, D] in x's dtype, laid out as x.
     """
     exchanged = EXPERT in used_axes(rows)
     local = partial(_exchange, headroom=headroom, mesh=mesh) if exchanged else _own_share

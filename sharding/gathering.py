@@ -65,6 +65,12 @@ def whole_layer(state: nnx.State, parts: Tree, lies: Tree, dtype: Any) -> Tree:
     """Every device's `parts` of a layer's weights, made whole; in `dtype` the matrices that Muon moves.
 
     In an attention layer these are the ones that multiply activations, in the activations' dtype.
+
+    Args:
+        state: of the layer; only its structure and facts are read.
+        parts: what this device holds of them.
+        lies: `layer_specs`.
+        dtype: of the activations.
     """
 
     def one(fact: Fact, lies: PartitionSpec, part: Any) -> Any:

@@ -23,7 +23,7 @@ from sharding.rules import Strategy, spec, used_axes
 
 @dataclass(frozen=True)
 class MeshPartition(Partition):
-    """Constraints on activations; experts by all-to-all; attention over a context axis.
+    """Constraints on activations; experts by all-to-all; attention and chunked loops on each device's own tokens.
 
     Attributes:
         mesh: the devices.

@@ -1,4 +1,4 @@
-"""Caches whose rows lie on several devices, each row's blocks with the row: attention as every device runs it."""
+"""Attention over rows that lie on several devices, as every device runs it; a row's cache blocks lie with the row."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def attention(
         layout: of the rows.
         options: as on one device.
         past: a cache that `stays_with_rows`, or None.
+
+    Returns:
+        [B, S, D], the layer's record and the cache with these tokens, all laid out by rows as x.
     """
     graph, state = nnx.split(layer)
     axes, storage, spread = used_axes(rows), past and past.storage, layer_specs(state, strategy, mesh)

@@ -30,6 +30,9 @@ def place(mesh: str | None, strategy: str | None) -> Partition:
 
     With neither text, one device needs nothing and several share the rows ("fsdp"); with a strategy alone, the axis
     that the strategy grows takes all devices.
+
+    Raises:
+        UserError: for an unknown strategy or axis, and for sizes that are not those of this job's devices.
     """
     devices = jax.device_count()
     if strategy is None and mesh is None and devices == 1:

@@ -46,7 +46,7 @@ class AttentionTrace(NamedTuple):
     """Where tokens looked.
 
     window_mass, entry_mass, sink_mass: [B, S, H], the shares of the joint softmax, 1 together.
-    chosen: [B, S, k], the entries that the indexer chose, best first, -1 unused; None where nothing was chosen.
+    chosen: [B, S, k], the entries that the indexer chose, in no order to rely on, -1 unused; None without a choice.
     chosen_scores: [B, S, k], their index scores, -inf where unused.
     chosen_mass: [B, S, k], the attention mass on each, mean of the heads.
     recall: [B, S], in dense attention the share of the mass on compressed entries that the indexer's choice would

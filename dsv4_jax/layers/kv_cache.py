@@ -160,6 +160,9 @@ def init_cache(
         blocks: size of the shared pool. By default each sequence owns the blocks it has room for; with another size the
             caller fills `tables`.
         in_words: blocks as rows of words, which TPUs want and get by default.
+
+    Raises:
+        UserError: as `quantization.storage.cache_format`.
     """
     words = compiled_for() == "tpu" if in_words is None else in_words
     form, tokens = replace(cache_format(config, format), in_words=words), block_tokens(config)

@@ -1,7 +1,7 @@
 """Huge pages for the C library's allocator.
 
 XLA's CPU backend asks malloc for gigabytes in every step and gives them back. In pages of 4 KiB the kernel then spends
-a third of the machine clearing and mapping them; with transparent huge pages a training step takes about a quarter less
+a third of the machine clearing and mapping them; with transparent huge pages a training step takes about a third less
 time (docs/benchmarks.md). glibc reads the setting when a process starts, so the command starts itself once more.
 """
 

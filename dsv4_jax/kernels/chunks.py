@@ -12,9 +12,12 @@ import jax.numpy as jnp
 SCORE_ELEMENTS = 1 << 22
 
 
-def chunk_length(length: int, elements_per_query: int, multiple: int = 1) -> int:
-    """Queries per chunk: as many as keep `elements_per_query * chunk` within SCORE_ELEMENTS, at least `multiple`."""
-    fit = max(SCORE_ELEMENTS // max(elements_per_query, 1), 1)
+def chunk_length(length: int, elements_per_query: int, multiple: int = 1, most: int | None = None) -> int:
+    """Queries per chunk: as many as keep `elements_per_query * chunk` within `most`, at least `multiple`.
+
+    `most` is SCORE_ELEMENTS unless given.
+    """
+    fit = max((most or SCORE_ELEMENTS) // max(elements_per_query, 1), 1)
     chunk = min(max(fit // multiple, 1) * multiple, -(-length // multiple) * multiple)
     count = -(-length // chunk)
     return -(-length // (count * multiple)) * multiple  # even out, so that the last chunk is not mostly padding

@@ -1,4 +1,4 @@
-"""PTX without branches, carried out for all threads of a warpgroup at once; Pallas' interpreter runs none."""
+"""PTX carried out for all threads of a warpgroup at once, which branch together; Pallas' interpreter runs none."""
 
 import re
 
@@ -10,7 +10,8 @@ BINARY = {
     "and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shr.u32": np.right_shift,
     "shl.b32": lambda number, places: number << places & 0xFFFFFFFF, "max.s32": np.maximum, "add.s32": np.add,
     "add.u32": np.add, "mul.f32": np.multiply, "setp.ge.s32": np.greater_equal, "setp.lt.s32": np.less,
-    "div.u32": np.floor_divide, "rem.u32": np.remainder,
+    "div.u32": np.floor_divide, "rem.u32": np.remainder, "sub.s32": np.subtract, "min.s32": np.minimum,
+    "setp.gt.s32": np.greater, "setp.eq.s32": np.equal,
 }  # fmt: skip
 
 
@@ -37,14 +38,23 @@ class Machine:
         self.registers = {f"${i}": np.broadcast_to(x, THREADS) for i, x in enumerate(given)}
 
     def run(self, text):
-        for line in text.splitlines():
-            line = line.strip().rstrip(";")
-            if line and line not in "{}" and not line.startswith(".reg"):
-                name, _, rest = line.partition(" ")
-                self.step(name, [part.strip() for part in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)])
+        lines = [line.strip().rstrip(";") for line in text.splitlines()]
+        at = 0
+        while at < len(lines):
+            line, at = lines[at], at + 1
+            guard, line = line[1:].split(" ", 1) if line.startswith("@") else (None, line)
+            if not line or line in "{}" or line.startswith(".reg") or line.endswith(":"):
+                continue
+            name, _, rest = line.partition(" ")
+            active = np.ones(THREADS, bool) if guard is None else self.value(guard)
+            if name == "bra":
+                assert active.all() == active.any()
+                at = lines.index(f"{rest}:") if active.all() else at
+            else:
+                self.step(name, [part.strip() for part in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)], active)
         return self
 
-    def step(self, name, args):
+    def step(self, name, args, active):
         to, *rest = args or [None]
         match name:
             case "cvta.to.global.u64":
@@ -68,9 +78,20 @@ class Machine:
             case "selp.b32":
                 a, b, chosen = map(self.value, rest)
                 self.registers[to] = np.where(chosen, a, b)
-            case "ld.shared.b32":
+            case "setp.lt.and.s32":
+                a, b, both = map(self.value, rest)
+                self.registers[to] = (a < b) & both
+            case "mov.u32":
+                self.registers[to] = self.value(rest[0])
+            case "popc.b32":
+                self.registers[to] = np.bitwise_count(self.value(rest[0]))
+            case "vote.sync.ballot.b32":
+                votes = self.value(rest[0]).reshape(-1, 32)
+                self.registers[to] = (votes << np.arange(32)).sum(1).repeat(32)
+            case "ld.shared.b32" | "ld.shared.s32":
                 words = self.address(rest[0], 4) // 4
-                self.registers[to] = self.shared.view(np.uint32)[words].astype(np.int64)
+                kind = np.int32 if name.endswith("s32") else np.uint32
+                self.registers[to] = self.shared.view(kind)[words].astype(np.int64)
                 for warp in words.reshape(-1, 32):  # of 32 banks each gives one word at a time
                     self.bank_conflicts += np.bincount(np.unique(warp) % 32).max() - 1
             case "ld.global.b32":
@@ -95,6 +116,9 @@ class Machine:
             case "cvt.rn.bf16x2.f32":
                 high, low = (self.value(x).astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.int64) for x in rest)
                 self.registers[to] = high << 16 | low
+            case "st.shared.b32":
+                words = self.value(rest[0]).astype(np.uint32)[:, None].view(np.uint8)
+                self.write(to, words, active)
             case "st.shared.v4.b32":
                 words = np.stack([self.value(x) for x in self.names(rest[0])], 1).astype(np.uint32)
                 self.write(to, words.view(np.uint8))
@@ -136,7 +160,9 @@ class Machine:
         array, offset = (address >> 20) - 1, address & ((1 << 20) - 1)
         return np.stack([self.arrays[a][o : o + count] for a, o in zip(array, offset, strict=True)])
 
-    def write(self, text, data):
-        for address, row in zip(self.address(text, 16), data, strict=True):
-            self.shared[address : address + 16] = row
-            self.written[address : address + 16] += 1
+    def write(self, text, data, active=None):
+        size = data.shape[1]
+        for thread, address in enumerate(self.address(text, size)):
+            if active is None or active[thread]:
+                self.shared[address : address + size] = data[thread]
+                self.written[address : address + size] += 1

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from dsv4_jax.kernels.indexer_topk import paged, tpu, xla
+from dsv4_jax.kernels.indexer_topk import gpu, paged, tpu, xla
 from dsv4_jax.kernels.indexer_topk.kl import IndexLoss, index_loss
 from dsv4_jax.kernels.indexer_topk.operands import CANDIDATES, EXACT, IndexOperands, PagedOperands, Search
 from dsv4_jax.kernels.platforms import by_platform
@@ -27,15 +27,16 @@ def index_topk(
 
     Returns:
         int32 [B, S, min(k, T)], -1 where fewer are visible. Of equal scores the earlier entry is the better. The order
-        is the backend's: best first in XLA, by position from the TPU kernel.
+        is the backend's: best first in XLA, by position from the kernels.
     """
     if isinstance(operands, PagedOperands):
         return paged.index_topk(*operands, hi, min(k, operands.pages.capacity), search)
     # The barrier ties the bounds to the operands. By themselves they are the same in every layer of a scan, and its
     # differentiation would compute their masks, queries x entries, before the loop and keep them.
     arrays = jax.lax.optimization_barrier(jax.lax.stop_gradient((*operands, lo, hi)))
-    kernel = partial(_over, tpu.index_topk, k, search) if tpu.supports(operands) else None
-    return by_platform(*arrays, xla=partial(_over, xla.index_topk, k, search), tpu=kernel)
+    on_tpu = partial(_over, tpu.index_topk, k, search) if tpu.supports(operands) else None
+    on_gpu = partial(_over, gpu.index_topk, k, search) if gpu.supports(operands, k) else None
+    return by_platform(*arrays, xla=partial(_over, xla.index_topk, k, search), tpu=on_tpu, gpu=on_gpu)
 
 
 def _over(backend, k, search, queries, keys, weights, lo, hi) -> jax.Array:

@@ -6,6 +6,7 @@ these steps twice, with `interpret` in plain arrays; the kernels are otherwise t
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -45,7 +46,10 @@ def transposed(ref: Any, interpret: Any) -> Any:
 
 def load(ref: Any, layout: Any, interpret: Any) -> jax.Array:
     """What `ref` holds, in registers laid out as those of a product."""
-    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+    if interpret:
+        return ref[...]
+    whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # jax 0.10 wants an index
+    return plgpu.load(ref, *whole, layout=layout, optimized=False)
 
 
 def full(shape: tuple[int, ...], value: float, layout: Any, interpret: Any) -> jax.Array:

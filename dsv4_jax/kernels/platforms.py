@@ -1,6 +1,7 @@
 """Which backend of a kernel runs: the one of the platform that a program is compiled for.
 
-`DSV4_KERNELS=xla` in the environment leaves every kernel to plain XLA.
+`DSV4_KERNELS=xla` in the environment leaves every kernel to plain XLA. `DSV4_KERNELS=blackwell` takes also those for
+Blackwell, which no GPU has run yet.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 from dsv4_jax.errors import UserError
 
 Platform = Literal["cpu", "tpu", "cuda"]
-CHOICES = ("auto", "xla")
+CHOICES = ("auto", "xla", "blackwell")
 _elsewhere: ContextVar[Platform | None] = ContextVar("elsewhere", default=None)
 _partitioned: ContextVar[bool] = ContextVar("partitioned", default=False)
 
@@ -103,8 +104,20 @@ def are_hopper() -> bool:
 
     For kernels whose operands are each device's own (`kernels_allowed`), however many devices there are.
     """
+    return _have_capability("9.")
+
+
+def is_blackwell() -> bool:
+    """Whether the program is compiled for one NVIDIA GPU here with tensor memory: compute capability 10.
+
+    And whether its kernels are asked for, by `DSV4_KERNELS=blackwell`.
+    """
+    return _choice() == "blackwell" and on_one_device() and _have_capability("10.")
+
+
+def _have_capability(begin: str) -> bool:
     here = _elsewhere.get() is None and jax.default_backend() == "gpu"
-    return here and jax.devices()[0].compute_capability.startswith("9.")
+    return here and jax.devices()[0].compute_capability.startswith(begin)
 
 
 def _choice() -> str:

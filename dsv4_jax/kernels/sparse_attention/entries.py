@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.platforms import by_platform, compiled_for, kernels_allowed
+from dsv4_jax.kernels.platforms import by_platform, compiled_for, is_blackwell, kernels_allowed
 from dsv4_jax.kernels.sparse_attention import bands, gpu, gpu_range, tpu, tpu_range, xla
 from dsv4_jax.kernels.sparse_attention.bands import Band
 from dsv4_jax.kernels.sparse_attention.xla import Branch
@@ -105,6 +105,8 @@ def _kernels(
 ) -> dict[str, Callable[..., Any]]:
     """The kernels that take these operands, by platform; `name` is "forward" or "backward"."""
     backends = {"tpu": tpu, "gpu": gpu} if band is None else {"tpu": tpu_range, "gpu": gpu_range}
+    if name == "backward" and is_blackwell():  # for which there is no kernel yet
+        del backends["gpu"]
     options = {"scale": scale} if band is None else {"scale": scale, "band": band}
     taking = {platform: x for platform, x in backends.items() if allowed and x.supports(q, entries)}
     return {platform: partial(getattr(backend, name), **options) for platform, backend in taking.items()}

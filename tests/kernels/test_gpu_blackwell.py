@@ -1,0 +1,133 @@
+"""The kernel for Blackwell in interpret mode, with tensor memory; that its programs compile for a B200."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hopper import CALL, arrays, bf16, close, compile_for, int32, spilled
+from test_gpu_kernels import SCALE, operands, stated
+
+from dsv4_jax.kernels import platforms
+from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.pools import ByPart
+from dsv4_jax.kernels.sparse_attention import bands, entries, gpu, gpu_range, paged, reference
+from dsv4_jax.quantization.storage import Fp8WithRope, Plain
+
+
+@pytest.fixture
+def blackwell(monkeypatch):
+    monkeypatch.setattr(gpu, "is_blackwell", lambda: True)
+
+
+@pytest.fixture
+def tensor_memory(interpreter, blackwell):
+    """Parameters of the interpreter, which looks for races."""
+    callbacks = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+    if not hasattr(callbacks, "tcgen05_mma"):
+        pytest.skip("the interpreter of this jax has no tensor memory")
+    yield type(interpreter)(detect_races=True)
+    assert not callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "processors", "parts"),
+    [
+        (128, 128, 1, 1),
+        (128, 64, 1, 1),
+        pytest.param(128, 256, 24, 3, marks=pytest.mark.slow),
+        pytest.param(256, 128, 1, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_chosen_entries_whole_and_in_parts(width, heads, processors, parts, tensor_memory, monkeypatch):
+    monkeypatch.setattr(gpu, "PROCESSORS", processors)
+    q, entries, indices = operands(np.random.default_rng(parts), 2, 1, width, 160, 150, heads)
+    assert gpu.parts_of(gpu.programs_of(q), 3) == parts
+    out, lse = gpu.forward(q, entries, indices, SCALE, tensor_memory)
+    for name, a, b in zip(("out", "lse"), (out, lse), stated(q, entries, indices), strict=True):
+        close(name, a, b)
+    assert not np.asarray(out[0, 0], np.float32).any()
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["rising", "falling"])
+def test_scores_that_differ_by_many_powers_of_two(order, tensor_memory, monkeypatch):
+    """The output is made smaller when scores have risen, by little or by much."""
+    monkeypatch.setattr(gpu, "PROCESSORS", 1)  # for all five tiles
+    q, entries, _ = operands(np.random.default_rng(3), 1, 1, 128, 320, 320, 128)
+    first = jnp.repeat(jnp.asarray([0, 0.05, 0.12, 0.13, 1], jnp.bfloat16), 64)
+    entries = entries.at[..., 0].set(first[::order])
+    q = q.at[..., 0].set(1000)
+    indices = jnp.arange(320)[None, None]
+    for name, a, b in zip(
+        ("out", "lse"),
+        gpu.forward(q, entries, indices, SCALE, tensor_memory),
+        stated(q, entries, indices),
+        strict=True,
+    ):
+        close(name, a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [Plain(128, "bfloat16"), Fp8WithRope(128, 64)], ids=["bfloat16", "fp8"])
+def test_entries_of_a_cache_as_they_are_stored(storage, tensor_memory):
+    q, entries, indices = operands(np.random.default_rng(1), 1, 2, 128, 12, 10)
+    nan = lambda x: jnp.full_like(x, jnp.iinfo(x.dtype).max)  # noqa: E731
+    store = {name: nan(x) for name, x in storage.zeros((2, 5, 4)).items()}
+    pages = Pages(store, jnp.int32(1), jnp.asarray([[3, 0, 4]], jnp.int32), ByPart(storage, 4))
+    pages = pages.write(jnp.arange(12)[None], entries)
+    found = gpu.forward_pages(q, pages, indices, SCALE, tensor_memory)
+    for name, a, b in zip(("out", "lse"), found, paged.gather_attention(q, pages, indices, SCALE), strict=True):
+        close(name, a, b)
+
+
+def test_ranges_of_entries(tensor_memory):
+    q, entries, _ = operands(np.random.default_rng(2), 1, 3, 128, 150, 1)
+    bounds = jnp.asarray([[[5, 5], [0, 150], [40, 110]]], jnp.int32)
+    found = gpu_range.forward(q, entries, bounds, SCALE, bands.Band(64), tensor_memory)
+    exact = (x.astype(jnp.float32) for x in (q, entries))
+    wanted = reference.range_attention(*exact, bounds[..., 0], bounds[..., 1], SCALE)
+    for name, a, b in zip(("out", "lse"), found, wanted, strict=True):
+        close(name, a, b)
+
+
+@pytest.mark.parametrize(
+    ("choice", "capability", "expected"),
+    [("blackwell", "10.0", True), ("auto", "10.0", False), ("blackwell", "9.0", False)],
+)
+def test_only_on_blackwell_and_only_when_asked_for(choice, capability, expected, monkeypatch):
+    monkeypatch.setenv("DSV4_KERNELS", choice)
+    assert not platforms.is_blackwell()  # here is no GPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert platforms.is_blackwell() == expected
+
+
+def test_gradients_are_left_to_xla(blackwell, monkeypatch):
+    monkeypatch.setattr(entries, "is_blackwell", lambda: True)
+    of = lambda name: entries._kernels(name, bf16(1, 8, 128, 512), bf16(1, 99, 512), SCALE, None, True)  # noqa: E731
+    assert "gpu" in of("forward") and "gpu" not in of("backward")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("length", "heads"), [(64, 128), (64, 64), (1, 128)], ids=["pro", "flash", "decode"])
+def test_the_kernel_compiles_for_blackwell(length, heads, blackwell, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")  # says what is spilled, of kernels not compiled before
+    shapes = arrays("b200", bf16(1, length, heads, 512), bf16(1, 4096, 512), int32(1, length, 1024))
+    assert compile_for("b200", lambda *x: gpu.forward(*x, SCALE), *shapes).as_text().count(CALL) == 1
+    assert max(spilled(capfd.readouterr()), default=0) <= 64
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("storage", [Plain(512, "bfloat16"), Fp8WithRope(512, 64)], ids=["bfloat16", "fp8"])
+def test_entries_of_a_cache_are_read_where_they_lie(storage, blackwell, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    pool = jax.eval_shape(lambda: storage.zeros((2, 4096, 32)))
+    pages = Pages(pool, int32(), int32(8, 512), ByPart(storage, 32))
+    q, pages, indices, hi = arrays("b200", bf16(8, 1, 128, 512), pages, int32(8, 1, 1024), int32(8, 1))
+    for forward, choice in ((gpu.forward_pages, indices), (gpu_range.forward_pages, hi)):
+        program = compile_for("b200", lambda *x, forward=forward: forward(*x, SCALE), q, pages, choice)
+        memory = program.memory_analysis()
+        assert program.as_text().count(CALL) == 1
+        assert 8 * memory.temp_size_in_bytes < memory.argument_size_in_bytes
+    assert max(spilled(capfd.readouterr()), default=0) <= 64

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen, Run
+from dsv4_jax.kernels.sparse_attention.gpu_choice import NEVER, Chosen, Run
 from dsv4_jax.kernels.sparse_attention.gpu_fetch import COLUMNS, ENTRIES, TILED
 from dsv4_jax.kernels.sparse_attention.gpu_tiles import full, load, over_columns, over_rows
 from dsv4_jax.kernels.sparse_attention.xla import Branch
@@ -29,6 +29,44 @@ SLACK = 8.0  # powers of two that weights may grow to before the output is made 
 COMPUTER, ISSUER, FETCHER = 0, 1, 2  # warpgroups
 LAYOUT = plgpu.Layout.TCGEN05
 OVER_COLUMNS, OVER_ROWS = LAYOUT.reduce(1), LAYOUT.reduce(0)
+
+
+class Scratch(NamedTuple):
+    """What a program has besides its operands and results; `here` says what memory of which kind and size."""
+
+    q: Any  # half of the columns, in shared memory; at last the output
+    entries: Any
+    lse: Any
+    q_other: Any  # from here on in tensor memory: the other half of the columns
+    scores: Any
+    weights: Any
+    out: Any
+    q_here: Any  # from here on barriers: half of the queries has been copied
+    arrived: Any  # a tile
+    used: Any  # a tile
+    q_ready: Any  # all of the queries
+    scored: Any  # a tile
+    read: Any  # the scores of a tile
+    weighed: Any  # a tile's weights have been written, and the output fits them
+    added: Any  # a tile's product with its weights
+
+    @classmethod
+    def here(cls, half: int, dtype: Any) -> Scratch:
+        """For entries of 2 * `half` columns."""
+        ordering = [plgpu.Barrier(orders_tensor_core=True) for _ in range(5)]
+        return cls(
+            plgpu.SMEM((ROWS, half), dtype, transforms=TILED),
+            plgpu.SMEM((SLOTS, 2, ENTRIES, half), dtype, transforms=TILED),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.TMEM((ROWS, half), dtype, packed=True),
+            plgpu.TMEM((ROWS, ENTRIES), jnp.float32),
+            plgpu.TMEM((ROWS, ENTRIES), dtype, packed=True),
+            plgpu.TMEM((ROWS, half), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=SLOTS, orders_tensor_core=True),
+            plgpu.Barrier(num_barriers=SLOTS, orders_tensor_core=True),
+            *ordering,
+        )
 
 
 def attend(
@@ -64,19 +102,7 @@ def _attend_all(q, stored, choice, scale, out_dtype, interpret):
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
-        scratch_types=[
-            plgpu.SMEM((ROWS, half), q.dtype, transforms=TILED),
-            plgpu.SMEM((SLOTS, 2, ENTRIES, half), q.dtype, transforms=TILED),
-            plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.TMEM((ROWS, half), q.dtype, packed=True),
-            plgpu.TMEM((ROWS, ENTRIES), jnp.float32),
-            plgpu.TMEM((ROWS, ENTRIES), q.dtype, packed=True),
-            plgpu.TMEM((ROWS, half), jnp.float32),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=SLOTS, orders_tensor_core=True),
-            plgpu.Barrier(num_barriers=SLOTS, orders_tensor_core=True),
-            *[plgpu.Barrier(orders_tensor_core=True) for _ in range(5)],
-        ],
+        scratch_types=[*Scratch.here(half, q.dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=4 * ROWS),
         interpret=interpret or None,
         kernel_name=choice.name,
@@ -87,110 +113,135 @@ def _attend_all(q, stored, choice, scale, out_dtype, interpret):
 def _attend(q_ref, *refs, tree, groups, parts, scale, interpret):
     """128 heads of one part of a query, half of the output's columns."""
     choice, stored = tree.unflatten(refs[: tree.num_leaves])
-    out_ref, lse_ref, q, entries, lse, q_other, scores, weights, out, *barriers = refs[tree.num_leaves :]
-    q_here, arrived, used, q_ready, scored, read, weighed, added = barriers
+    out_ref, lse_ref, *scratch = refs[tree.num_leaves :]
+    here = Scratch(*scratch)
     program, me = lax.axis_index("program"), lax.axis_index("warpgroup")
     side, unit = lax.rem(program, 2), lax.div(program, 2 * groups)
     group = lax.rem(lax.div(program, 2), groups)
-    query, mine = lax.div(unit, parts), choice.of(unit)
-    count = mine.tiles
+    mine = choice.of(unit)
 
     @pl.when(me == FETCHER)
     def _():
         plgpu.set_max_registers(96, action="decrease")
-
-        def step(i, _):
-            slot = lax.rem(i, SLOTS)
-            pl.when(i >= SLOTS)(lambda: plgpu.barrier_wait(used.at[slot]))
-            mine.fetch(stored, i, entries.at[slot], interpret)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(arrived.at[slot])
-            return _
-
-        def until_used(i, _):
-            plgpu.barrier_wait(used.at[lax.rem(i, SLOTS)])
-            return _
-
-        lax.fori_loop(0, count, step, None)
-        lax.fori_loop(jnp.maximum(count - SLOTS, 0), count, until_used, None)
+        _fetch(mine, stored, here, interpret)
 
     @pl.when(me == ISSUER)
     def _():
         plgpu.set_max_registers(96, action="decrease")
-        plgpu.barrier_wait(q_ready)
-
-        def score(i):
-            slot = lax.rem(i, SLOTS)
-            plgpu.barrier_wait(arrived.at[slot])
-            plgpu.tcgen05_mma(scores, q, entries.at[slot, 0].T, accumulate=False)
-            plgpu.tcgen05_mma(scores, q_other, entries.at[slot, 1].T, scored)
-
-        def step(i, _):
-            slot = lax.rem(i, SLOTS)
-            plgpu.barrier_wait(read)
-            pl.when(i + 1 < count)(lambda: score(i + 1))
-            plgpu.barrier_wait(weighed)
-            plgpu.tcgen05_mma(out, weights, entries.at[slot, side], used.at[slot], accumulate=i > 0)
-            plgpu.tcgen05_commit_arrive(added)
-            return _
-
-        pl.when(count > 0)(lambda: score(0))
-        lax.fori_loop(0, count, step, None)
+        _multiply(mine.tiles, side, here)
 
     @pl.when(me == COMPUTER)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        _load_queries(q_ref.at[query, group], q, q_other, q_here, interpret)
-        plgpu.barrier_arrive(q_ready)
-
-        def step(i, carry):
-            top, total = carry
-            plgpu.barrier_wait(scored)
-            x = plgpu.async_load_tmem(scores)
-            plgpu.wait_load_tmem()
-            plgpu.barrier_arrive(read)
-            x = x * (scale * math.log2(math.e)) + _over_rows(mine.unseen(i, OVER_ROWS, interpret), x)
-            highest = x.max(axis=1)
-            raised = (highest - top).max() > SLACK
-            higher = jnp.where(raised, jnp.maximum(top, highest), top)
-            x = jnp.exp2(x - over_columns(higher, x))
-            fade = jnp.exp2(top - higher)
-            pl.when(i > 0)(lambda: plgpu.barrier_wait(added))
-            pl.when(raised & (i > 0))(lambda: _scale(out, fade))
-            plgpu.async_store_tmem(weights, x.astype(q.dtype))
-            plgpu.commit_tmem()
-            plgpu.barrier_arrive(weighed)
-            return higher, total * fade + x.sum(axis=1)
-
-        start = full((ROWS,), LEAST, OVER_COLUMNS, interpret), full((ROWS,), 0.0, OVER_COLUMNS, interpret)
-        top, total = lax.fori_loop(0, count, step, start)
-        pl.when(count > 0)(lambda: plgpu.barrier_wait(added))
-        inverse = 1.0 / jnp.maximum(total, 1e-30)
-        for columns in _blocks(out):
-            x = plgpu.async_load_tmem(out.at[:, columns])
-            x = jnp.where(over_columns(total, x) > 0, x * over_columns(inverse, x), 0.0).astype(out_ref.dtype)
-            if out_ref.dtype == q.dtype:
-                q[:, columns] = x
-            else:
-                out_ref[unit, group, :, side, columns] = x
-        lse[...] = jnp.where(total > 0, top * math.log(2.0) + jnp.log(total), -jnp.inf)
-        plgpu.commit_smem()
-        if out_ref.dtype == q.dtype:
-            plgpu.copy_smem_to_gmem(q, out_ref.at[unit, group, :, side])
-        pl.when(side == 0)(lambda: plgpu.copy_smem_to_gmem(lse, lse_ref.at[unit, group]))
+        _load_queries(q_ref.at[lax.div(unit, parts), group], here, interpret)
+        top, total = _weigh(mine, scale, here, interpret)
+        _finish(top, total, out_ref.at[unit, group, :, side], here)
+        pl.when(side == 0)(lambda: plgpu.copy_smem_to_gmem(here.lse, lse_ref.at[unit, group]))
         plgpu.wait_smem_to_gmem(0)
 
 
-def _load_queries(q_ref, q, q_other, q_here, interpret):
+def _fetch(mine, stored, here, interpret):
+    """All tiles into shared memory, each as soon as there is room."""
+    count = mine.tiles
+
+    def step(i, _):
+        slot = lax.rem(i, SLOTS)
+        pl.when(i >= SLOTS)(lambda: plgpu.barrier_wait(here.used.at[slot]))
+        mine.fetch(stored, i, here.entries.at[slot], interpret)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(here.arrived.at[slot])
+        return _
+
+    def until_used(i, _):
+        plgpu.barrier_wait(here.used.at[lax.rem(i, SLOTS)])
+        return _
+
+    lax.fori_loop(0, count, step, None)
+    lax.fori_loop(jnp.maximum(count - SLOTS, 0), count, until_used, None)
+
+
+def _multiply(count, side, here):
+    """Starts all products: the scores of the next tile before a tile's weights are there."""
+    plgpu.barrier_wait(here.q_ready)
+
+    def score(i):
+        slot = lax.rem(i, SLOTS)
+        plgpu.barrier_wait(here.arrived.at[slot])
+        plgpu.tcgen05_mma(here.scores, here.q, here.entries.at[slot, 0].T, accumulate=False)
+        plgpu.tcgen05_mma(here.scores, here.q_other, here.entries.at[slot, 1].T, here.scored)
+
+    def step(i, _):
+        slot = lax.rem(i, SLOTS)
+        plgpu.barrier_wait(here.read)
+        pl.when(i + 1 < count)(lambda: score(i + 1))
+        plgpu.barrier_wait(here.weighed)
+        values = here.entries.at[slot, side]
+        plgpu.tcgen05_mma(here.out, here.weights, values, here.used.at[slot], accumulate=i > 0)
+        plgpu.tcgen05_commit_arrive(here.added)
+        return _
+
+    pl.when(count > 0)(lambda: score(0))
+    lax.fori_loop(0, count, step, None)
+
+
+def _load_queries(q_ref, here, interpret):
     """Half the columns of the queries into shared memory, the others through it into tensor memory."""
-    plgpu.copy_gmem_to_smem(q_ref.at[:, 1], q, q_here)
-    plgpu.barrier_wait(q_here)
-    for columns in _blocks(q_other):
-        plgpu.async_store_tmem(q_other.at[:, columns], load(q.at[:, columns], LAYOUT, interpret))
+    plgpu.copy_gmem_to_smem(q_ref.at[:, 1], here.q, here.q_here)
+    plgpu.barrier_wait(here.q_here)
+    for columns in _blocks(here.q_other):
+        plgpu.async_store_tmem(here.q_other.at[:, columns], load(here.q.at[:, columns], LAYOUT, interpret))
     plgpu.commit_tmem()
     plgpu.commit_smem()
-    plgpu.copy_gmem_to_smem(q_ref.at[:, 0], q, q_here)
-    plgpu.barrier_wait(q_here)
+    plgpu.copy_gmem_to_smem(q_ref.at[:, 0], here.q, here.q_here)
+    plgpu.barrier_wait(here.q_here)
+    plgpu.barrier_arrive(here.q_ready)
+
+
+def _weigh(mine, scale, here, interpret):
+    """Weights from the scores of all tiles; what they are relative to, and their sums.
+
+    That is each row's largest score, or less by `SLACK` at most: so the output, which has to fit, rarely changes.
+    """
+
+    def step(i, carry):
+        top, total = carry
+        unseen = mine.unseen(i, OVER_ROWS, interpret)  # on its way while the scores are computed
+        plgpu.barrier_wait(here.scored)
+        x = plgpu.async_load_tmem(here.scores)
+        plgpu.wait_load_tmem()
+        plgpu.barrier_arrive(here.read)
+        x = x * (scale * math.log2(math.e)) + _over_rows(unseen, x)
+        highest = x.max(axis=1)
+        raised = (highest - top).max() > SLACK
+        higher = jnp.maximum(top, highest + jnp.where(raised, 0.0, NEVER))
+        x = jnp.exp2(x - over_columns(higher, x))
+        fade = jnp.exp2(top - higher)
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(here.added))
+        pl.when(raised & (i > 0))(lambda: _scale(here.out, fade))
+        plgpu.async_store_tmem(here.weights, x.astype(jnp.bfloat16))
+        plgpu.commit_tmem()
+        plgpu.barrier_arrive(here.weighed)
+        return higher, total * fade + x.sum(axis=1)
+
+    start = full((ROWS,), LEAST, OVER_COLUMNS, interpret), full((ROWS,), 0.0, OVER_COLUMNS, interpret)
+    top, total = lax.fori_loop(0, mine.tiles, step, start)
+    pl.when(mine.tiles > 0)(lambda: plgpu.barrier_wait(here.added))
+    return top, total
+
+
+def _finish(top, total, out_ref, here):
+    """The output, which is on its way on return, and the log-sum-exp in shared memory."""
+    narrow = out_ref.dtype == here.q.dtype
+    inverse = 1.0 / jnp.maximum(total, 1e-30)
+    for columns in _blocks(here.out):
+        x = plgpu.async_load_tmem(here.out.at[:, columns])
+        # Where nothing was seen no product has been written.
+        x = jnp.where(over_columns(total, x) > 0, x * over_columns(inverse, x), 0.0).astype(out_ref.dtype)
+        (here.q if narrow else out_ref)[:, columns] = x
+    here.lse[...] = jnp.where(total > 0, top * math.log(2.0) + jnp.log(total), -jnp.inf)
+    plgpu.commit_smem()
+    if narrow:
+        plgpu.copy_smem_to_gmem(here.q, out_ref)
 
 
 def _scale(out, factor):

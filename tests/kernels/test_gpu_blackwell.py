@@ -1,5 +1,6 @@
 """The kernel for Blackwell in interpret mode, with tensor memory; that its programs compile for a B200."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -131,3 +132,23 @@ def test_entries_of_a_cache_are_read_where_they_lie(storage, blackwell, monkeypa
         assert program.as_text().count(CALL) == 1
         assert 8 * memory.temp_size_in_bytes < memory.argument_size_in_bytes
     assert max(spilled(capfd.readouterr()), default=0) <= 64
+
+
+@pytest.mark.aot
+def test_products_read_tiles_as_they_are_copied(blackwell, monkeypatch, capfd):
+    """By the descriptors in the PTX: blocks of 8 entries x 128 bytes, along an entry's 256 columns first."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")  # of kernels not compiled before
+    shapes = arrays("b200", bf16(1, 5, 128, 512), bf16(1, 99, 512), int32(1, 5, 70))
+    compile_for("b200", lambda *x: gpu.forward(*x, SCALE), *shapes)
+    printed = capfd.readouterr()
+    text = printed.out + printed.err
+    block, row_of_blocks = 1024 // 16, 4 * 1024 // 16  # addresses are in units of 16 bytes
+    swizzled = 2 << 61 - 32 | row_of_blocks  # from 8 entries to the next ones
+    assert set(re.findall(r"mov.b64 [ab]_desc, {[ab]_desc_low, (\d+)}", text)) == {str(swizzled)}
+    starts = [int(x) for x in re.findall(r"add.s32 b_desc_low, \S+, (\d+)", text)]
+    keys = [column * block + k * 2 for column in range(4) for k in range(4)]  # 16 columns are 32 bytes
+    values = [(block << 16) + k * 2 * row_of_blocks for k in range(4)]  # 64 columns to the next ones; 16 entries
+    assert starts == 4 * keys + values  # both halves, of the first tile and of others
+    scores = 128 >> 4 << 24 | 64 >> 3 << 17 | 1 << 10 | 1 << 7 | 1 << 4  # BF16 to float32
+    outputs = 128 >> 4 << 24 | 256 >> 3 << 17 | 1 << 16 | 1 << 10 | 1 << 7 | 1 << 4  # entries are rows of the operand
+    assert str(scores) in text and str(outputs) in text

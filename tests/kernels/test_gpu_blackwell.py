@@ -13,7 +13,7 @@ from test_gpu_kernels import SCALE, operands, stated
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import ByPart
-from dsv4_jax.kernels.sparse_attention import bands, entries, gpu, gpu_range, paged, reference
+from dsv4_jax.kernels.sparse_attention import bands, entries, gpu, gpu_range, paged, reference, xla
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 
 
@@ -108,6 +108,28 @@ def test_gradients_are_left_to_xla(blackwell, monkeypatch):
     monkeypatch.setattr(entries, "is_blackwell", lambda: True)
     of = lambda name: entries._kernels(name, bf16(1, 8, 128, 512), bf16(1, 99, 512), SCALE, None, True)  # noqa: E731
     assert "gpu" in of("forward") and "gpu" not in of("backward")
+
+
+@pytest.mark.parametrize("segments", [None, [[0] * 5 + [1] * 15]], ids=["one", "documents"])
+def test_the_gradient_of_a_window_is_that_of_xla(segments, monkeypatch):
+    """In a loop, whose steps are differentiated after they have been traced."""
+    rng = np.random.default_rng(4)
+    q, kv = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 20, 2, 8), (1, 20, 8)))
+    segments = None if segments is None else jnp.asarray(segments)
+
+    def gradients(window):
+        def loss(q, kv):
+            step = lambda total, _: (total + sum(x.sum() for x in jax.checkpoint(window)(q, kv)), None)  # noqa: E731
+            return jax.lax.scan(step, 0.0, length=2)[0]
+
+        return jax.jit(jax.grad(loss, (0, 1)))(q, kv)
+
+    wanted = gradients(lambda q, kv: xla.window_attention(q, kv, segments, 4, SCALE))
+    monkeypatch.setattr(entries, "_attend", lambda q, *_: (jnp.zeros_like(q), jnp.zeros(q.shape[:3])))
+    for found, exact in zip(
+        gradients(lambda q, kv: entries._window_by_kernel(q, kv, segments, None, 4, SCALE)), wanted, strict=True
+    ):
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.aot

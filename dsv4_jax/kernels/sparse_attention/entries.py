@@ -45,11 +45,40 @@ def window_attention(
         return plain(q, kv)
 
     def kernel(q: jax.Array, kv: jax.Array) -> Branch:
+        if is_blackwell():
+            return _window_by_kernel(q, kv, segment_ids, positions, window, scale)
         bounds = window_bounds(q.shape[0], q.shape[1], segment_ids, window, positions)
         return _attend(q, kv, bounds, scale, window_band(window), True)
 
     # Recomputed when differentiated: otherwise each backend would keep zeros in place of what the other one keeps.
     return jax.checkpoint(lambda q, kv: by_platform(q, kv, xla=plain, tpu=kernel, gpu=kernel))(q, kv)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _window_by_kernel(
+    q: jax.Array,
+    kv: jax.Array,
+    segment_ids: jax.Array | None,
+    positions: jax.Array | None,
+    window: int,
+    scale: float,
+) -> Branch:
+    """`window_attention` by a kernel, with XLA's gradient of windows: that of ranges multiplies all entries."""
+    bounds = window_bounds(q.shape[0], q.shape[1], segment_ids, window, positions)
+    return _attend(q, kv, bounds, scale, window_band(window), True)
+
+
+def _window_fwd(q, kv, segment_ids, positions, window, scale):
+    return _window_by_kernel(q, kv, segment_ids, positions, window, scale), (q, kv, segment_ids, positions)
+
+
+def _window_bwd(window, scale, saved, cotangents):
+    q, kv, segment_ids, positions = saved
+    plain = lambda q, kv: xla.window_attention(q, kv, segment_ids, window, scale, positions)  # noqa: E731
+    return *jax.vjp(plain, q, kv)[1](cotangents), None, None
+
+
+_window_by_kernel.defvjp(_window_fwd, _window_bwd)
 
 
 def window_band(window: int) -> Band:

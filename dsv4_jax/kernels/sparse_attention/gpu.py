@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROWS = 64  # of a product: heads, or entries of a tile
 ROTARY = 64  # dims in BF16 beside FP8
-PROCESSORS = 132  # of an H100 or H200; a program fills one
+PROCESSORS = 132  # of an H100 or H200, a B200 has 148; a program fills one
 BACKWARD_QUERIES = 64  # of a sequence, whose entries' gradients, [k, K] float32 each, exist at once
 WIDEST = 512  # columns: of 64 rows, half of them fill the registers of a warpgroup
 

@@ -1,6 +1,9 @@
 """The kernel for Blackwell in interpret mode, with tensor memory; that its programs compile for a B200."""
 
+import os
 import re
+import tempfile
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import jax
@@ -146,38 +149,68 @@ def test_the_gradient_of_a_window_is_that_of_xla(segments, monkeypatch):
         np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
 
 
+def chosen(length, heads, count):
+    shapes = bf16(1, length, heads, 512), bf16(1, 4096, 512), int32(1, length, count)
+    return lambda *x: gpu.forward(*x, SCALE), arrays("b200", *shapes)
+
+
+def cached(storage, ranges):
+    pool = jax.eval_shape(lambda: storage.zeros((2, 4096, 32)))
+    pages = Pages(pool, int32(), int32(8, 512), ByPart(storage, 32))
+    forward, choice = (gpu_range.forward_pages, int32(8, 1)) if ranges else (gpu.forward_pages, int32(8, 1, 1024))
+    return lambda *x: forward(*x, SCALE), arrays("b200", bf16(8, 1, 128, 512), pages, choice)
+
+
+def compiled(program, *given):
+    """How many kernels a program for a B200 has, its memory, and what the compilers print."""
+    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    gpu.is_blackwell = lambda: True
+    function, shapes = program(*given)
+    with tempfile.TemporaryFile("w+") as file, redirected(file):
+        found = compile_for("b200", function, *shapes)
+        file.seek(0)
+        printed = file.read()
+    memory = found.memory_analysis()
+    sizes = memory.temp_size_in_bytes, memory.argument_size_in_bytes
+    return found.as_text().count(CALL), *sizes, printed
+
+
+@contextmanager
+def redirected(file):
+    """What the process prints, compilers included, goes into the file."""
+    before = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        yield
+    finally:
+        for descriptor, old in zip((1, 2), before, strict=True):
+            os.dup2(old, descriptor)
+            os.close(old)
+
+
+# In processes of their own: the compiler of kernels keeps to the first architecture that a process compiles for.
 @pytest.mark.aot
 @pytest.mark.parametrize(("length", "heads"), [(64, 128), (64, 64), (1, 128)], ids=["pro", "flash", "decode"])
-def test_the_kernel_compiles_for_blackwell(length, heads, blackwell, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")  # says what is spilled, of kernels not compiled before
-    shapes = arrays("b200", bf16(1, length, heads, 512), bf16(1, 4096, 512), int32(1, length, 1024))
-    assert compile_for("b200", lambda *x: gpu.forward(*x, SCALE), *shapes).as_text().count(CALL) == 1
-    assert max(spilled(capfd.readouterr()), default=0) <= 64
+def test_the_kernel_compiles_for_blackwell(length, heads):
+    kernels, _, _, printed = on_devices(1, compiled, chosen, length, heads, 1024)
+    assert kernels == 1 and "for 'sm_100a'" in printed
+    assert max(spilled(SimpleNamespace(out=printed, err="")), default=0) <= 64
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("storage", [Plain(512, "bfloat16"), Fp8WithRope(512, 64)], ids=["bfloat16", "fp8"])
-def test_entries_of_a_cache_are_read_where_they_lie(storage, blackwell, monkeypatch, capfd):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    pool = jax.eval_shape(lambda: storage.zeros((2, 4096, 32)))
-    pages = Pages(pool, int32(), int32(8, 512), ByPart(storage, 32))
-    q, pages, indices, hi = arrays("b200", bf16(8, 1, 128, 512), pages, int32(8, 1, 1024), int32(8, 1))
-    for forward, choice in ((gpu.forward_pages, indices), (gpu_range.forward_pages, hi)):
-        program = compile_for("b200", lambda *x, forward=forward: forward(*x, SCALE), q, pages, choice)
-        memory = program.memory_analysis()
-        assert program.as_text().count(CALL) == 1
-        assert 8 * memory.temp_size_in_bytes < memory.argument_size_in_bytes
-    assert max(spilled(capfd.readouterr()), default=0) <= 64
+@pytest.mark.parametrize("ranges", [False, True], ids=["chosen", "range"])
+def test_entries_of_a_cache_are_read_where_they_lie(storage, ranges):
+    kernels, temporary, arguments, printed = on_devices(1, compiled, cached, storage, ranges)
+    assert kernels == 1 and 8 * temporary < arguments
+    assert max(spilled(SimpleNamespace(out=printed, err="")), default=0) <= 64
 
 
 @pytest.mark.aot
-def test_products_read_tiles_as_they_are_copied(blackwell, monkeypatch, capfd):
+def test_products_read_tiles_as_they_are_copied():
     """By the descriptors in the PTX: blocks of 8 entries x 128 bytes, along an entry's 256 columns first."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")  # of kernels not compiled before
-    shapes = arrays("b200", bf16(1, 5, 128, 512), bf16(1, 99, 512), int32(1, 5, 70))
-    compile_for("b200", lambda *x: gpu.forward(*x, SCALE), *shapes)
-    printed = capfd.readouterr()
-    text = printed.out + printed.err
+    *_, text = on_devices(1, compiled, chosen, 5, 128, 70)
     block, row_of_blocks = 1024 // 16, 4 * 1024 // 16  # addresses are in units of 16 bytes
     swizzled = 2 << 61 - 32 | row_of_blocks  # from 8 entries to the next ones
     assert set(re.findall(r"mov.b64 [ab]_desc, {[ab]_desc_low, (\d+)}", text)) == {str(swizzled)}

@@ -1,6 +1,7 @@
 """Which backend of a kernel runs: the one of the platform that a program is compiled for.
 
-`DSV4_KERNELS=xla` in the environment leaves every kernel to plain XLA.
+`DSV4_KERNELS=xla` in the environment leaves every kernel to plain XLA. `DSV4_KERNELS=blackwell` takes also those for
+Blackwell, which no GPU has run yet.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 from dsv4_jax.errors import UserError
 
 Platform = Literal["cpu", "tpu", "cuda"]
-CHOICES = ("auto", "xla")
+CHOICES = ("auto", "xla", "blackwell")
 _elsewhere: ContextVar[tuple[Platform, str] | None] = ContextVar("elsewhere", default=None)
 _partitioned: ContextVar[bool] = ContextVar("partitioned", default=False)
 
@@ -110,6 +111,14 @@ def are_hopper() -> bool:
     For kernels whose operands are known to be each device's own (`kernels_allowed`), however many devices there are.
     """
     return _capability().startswith("9.")
+
+
+def is_blackwell() -> bool:
+    """Whether the program is for NVIDIA GPUs with tensor memory (10.x), `operands_are_own`, and kernels are asked for.
+
+    By `DSV4_KERNELS=blackwell`: they have not run on such a GPU yet.
+    """
+    return _choice() == "blackwell" and operands_are_own() and _capability().startswith("10.")
 
 
 def _capability() -> str:

@@ -140,11 +140,12 @@ def verified(operation: Operation, found: Any, dtype: str) -> float:
 @contextmanager
 def plain_xla() -> Iterator[None]:
     """Without kernels."""
+    before = os.environ.get("DSV4_KERNELS", "auto")
     os.environ["DSV4_KERNELS"] = "xla"
     try:
         yield
     finally:
-        del os.environ["DSV4_KERNELS"]
+        os.environ["DSV4_KERNELS"] = before
 
 
 def roof(dtype: str) -> tuple[float, float, str]:

@@ -222,7 +222,7 @@ def test_no_row_reads_the_cache_of_another_device(on_cpu):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", ["v5e:2x4", "h200:2x4"])
+@pytest.mark.parametrize("target", ["v5e:2x4", "h200:2x4", "b200:2x4"])
 def test_a_train_step_compiles_and_gathers_nothing_large(target):
     (found,) = on_devices(1, compiled, ("train", "expert-fsdp", {"expert": 4, "fsdp": 2}, target))
     assert found["fits"] and found["chips"] == 8 and found["memory"]["temporary"] > 0
@@ -233,7 +233,7 @@ def test_a_train_step_compiles_and_gathers_nothing_large(target):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target", ["v5e:2x2", "h200:1x4"])
+@pytest.mark.parametrize("target", ["v5e:2x2", "h200:1x4", "b200:1x4"])
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_serving_compiles_and_every_cache_stays_where_its_rows_are(target, mode):
     """With `expert-data` tokens travel to the experts' devices, besides the count of rounds; no weight does."""

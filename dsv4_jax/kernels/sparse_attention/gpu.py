@@ -3,7 +3,7 @@
 All heads of a query share its entries, so 64 heads are the rows of a product, and an entry that was fetched once is
 used as key and as value. A program has 64 heads of one query; where queries are few, of one part of its entries, and
 the parts are then merged in a fixed order. One warpgroup copies entries into one of two tiles in shared memory while
-two others compute on the other tile.
+two others compute on the other tile. Blackwell has other products, and a forward kernel of its own: `gpu_blackwell.py`.
 
 The kernels are imported where they are traced: not every jaxlib has Mosaic GPU.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.kernels.chunks import join, split
 from dsv4_jax.kernels.pages import Pages
-from dsv4_jax.kernels.platforms import is_hopper
+from dsv4_jax.kernels.platforms import is_blackwell, is_hopper
 from dsv4_jax.kernels.pools import ByPart
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROWS = 64  # of a product: heads, or entries of a tile
 ROTARY = 64  # dims in BF16 beside FP8
-PROCESSORS = 132  # of an H100 or H200; a program fills one
+PROCESSORS = 132  # of an H100 or H200, a B200 has 148; a program fills one
 BACKWARD_QUERIES = 64  # of a sequence, whose entries' gradients, [k, K] float32 each, exist at once
 WIDEST = 512  # columns: of 64 rows, half of them fill the registers of a warpgroup
 
@@ -41,7 +41,7 @@ def supports(q: jax.Array, entries: jax.Array) -> bool:
 def _supports_queries(q: jax.Array) -> bool:
     *_, heads, width = q.shape
     shaped = heads % ROWS == 0 and width % (2 * ROWS) == 0 and width <= WIDEST
-    return shaped and q.dtype == jnp.bfloat16 and is_hopper()
+    return shaped and q.dtype == jnp.bfloat16 and (is_hopper() or is_blackwell())
 
 
 def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, interpret: Any = False) -> Branch:
@@ -124,7 +124,7 @@ def _attend_stored(
     """Query t of q [B, S, H, K] attends the entries `index[t]` of all that are stored, negative is unused."""
     from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen
 
-    parts = parts_of(q.size // (ROWS * q.shape[-1]), -(-index.shape[-1] // ROWS))
+    parts = parts_of(programs_of(q), -(-index.shape[-1] // ROWS))
     choice = Chosen(*in_tiles(index.reshape(-1, index.shape[-1]), parts))
     return attend_parts(q, stored, choice, parts, scale, interpret)
 
@@ -133,7 +133,10 @@ def attend_parts(
     q: jax.Array, stored: tuple[jax.Array, ...], choice: Chosen | Run, parts: int, scale: float, interpret: Any
 ) -> Branch:
     """Each query of q [B, S, H, K] attends the entries of its `parts` units; output and log-sum-exp as of `forward`."""
-    from dsv4_jax.kernels.sparse_attention.gpu_forward import attend
+    if is_blackwell():
+        from dsv4_jax.kernels.sparse_attention.gpu_blackwell import attend
+    else:
+        from dsv4_jax.kernels.sparse_attention.gpu_forward import attend
 
     heads, width = q.shape[2:]
     dtype = q.dtype if parts == 1 else jnp.float32
@@ -141,6 +144,14 @@ def attend_parts(
     if parts > 1:
         out, lse = merge_parts(out.reshape(-1, parts, heads, width), lse.reshape(-1, parts, heads))
     return out.astype(q.dtype).reshape(q.shape), lse.reshape(q.shape[:-1])
+
+
+def programs_of(q: jax.Array) -> int:
+    """How many programs a kernel has for queries [B, S, H, K] that are not split into parts."""
+    *_, heads, width = q.shape
+    if is_blackwell():
+        return 2 * (q.size // (heads * width)) * -(-heads // (2 * ROWS))
+    return q.size // (ROWS * width)
 
 
 def parts_of(programs: int, tiles: int) -> int:

@@ -107,7 +107,7 @@ def _attend_stored(
 
     Parts have two tiles or more at the longest range: less is not worth merging.
     """
-    parts = gpu.parts_of(q.size // (ROWS * q.shape[-1]), most // (2 * ROWS))
+    parts = gpu.parts_of(gpu.programs_of(q), most // (2 * ROWS))
     return gpu.attend_parts(q, stored, _runs(bounds, parts, blocks, per_block), parts, scale, interpret)
 
 

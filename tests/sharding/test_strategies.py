@@ -64,15 +64,19 @@ def gradients(partition, config, data):
 
 
 def compare(meshes, config=CONFIG, data=None):
-    """By mesh: differences of the loss's parts, and the largest relative difference of a gradient."""
+    """By mesh: differences of the loss's parts, and the largest relative difference of a gradient.
+
+    Relative to the array's largest value, or to a hundredth of the largest of all: a small one is what is left of a sum
+    of large terms, with their rounding.
+    """
     data = data or batch()
     wanted, parts = gradients(ALONE, config, data)
-    found = {}
+    least, found = 1e-2 * max(float(np.abs(x).max()) for x in jax.tree.leaves(wanted)), {}
     for name, text in meshes:
         partition = MeshPartition(make_mesh(parse_mesh(text, 8)), find_strategy(name))
         spread, spread_parts = gradients(partition, config, data)
-        relative = lambda a, b: float(np.abs(a - b).max() / (np.abs(a).max() + 1e-12))  # noqa: E731
-        worst = max(jax.tree.leaves(jax.tree.map(relative, wanted, spread)))
+        relative = lambda a, b, least=1e-12: float(np.abs(a - b).max() / max(np.abs(a).max(), least))  # noqa: E731
+        worst = max(jax.tree.leaves(jax.tree.map(lambda a, b: relative(a, b, least), wanted, spread)))  # noqa: B023
         found[name, text] = {key: relative(parts[key], spread_parts[key]) for key in parts}, worst
     return found
 

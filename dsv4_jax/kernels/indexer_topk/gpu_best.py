@@ -2,12 +2,14 @@
 
 A program is one warpgroup and has one query. Its numbers, as integers of the same order, lie in the registers of 128
 threads and in shared memory. The k-th largest is found by bisection: each pass counts in registers how many reach a
-number. Then each of the four warps walks over a quarter of the numbers in shared memory, 32 at a time: a ballot says to
-each thread how many chosen ones stand before its own, and so where its place goes. This step is PTX.
+number. Then each of the four warps asks its threads about a quarter of the numbers in shared memory, 32 at a time. A
+thread keeps the answers of one time, as bits: from how many there are before its own it knows where the places of its
+chosen ones go. This step is PTX.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -19,11 +21,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-THREADS, WARPS = 128, 4
+THREADS, WARPS, LANES = 128, 4, 32
+UNROLLED = 8  # numbers of a thread that are on their way from shared memory together
 UNSEEN = -(1 << 31)  # in place of a number that cannot be chosen
-REGISTERS = """.reg .b32 thread, lane, warp, from, place, number, ballot, lower, some, steps;
-.reg .b32 above, equal, ahead, rank, ties, to;
-.reg .pred is_above, is_equal, early, more;"""
 
 
 def best(numbers: jax.Array, lo: jax.Array, hi: jax.Array, k: int, interpret: Any) -> jax.Array:
@@ -48,7 +48,7 @@ def best(numbers: jax.Array, lo: jax.Array, hi: jax.Array, k: int, interpret: An
         grid_names=("program",),
         scratch_types=[
             plgpu.SMEM((count,), jnp.int32),
-            plgpu.SMEM((2 * WARPS,), jnp.int32),
+            plgpu.SMEM((WARPS,), jnp.int32),
             plgpu.SMEM((wide,), jnp.int32),
         ],
         interpret=interpret or None,
@@ -69,8 +69,6 @@ def _best(numbers_ref, lo_ref, hi_ref, out_ref, ordered_ref, tally_ref, chosen_r
     ordered_ref[...] = ordered
     chosen_ref[...] = jnp.full(chosen_ref.shape, -1, jnp.int32)
     least = _kth_largest(ordered, k)
-    plgpu.commit_smem()
-    _count(ordered_ref, least, tally_ref, interpret)
     plgpu.commit_smem()
     _collect(ordered_ref, least, k, tally_ref, chosen_ref, interpret)
     plgpu.commit_smem()
@@ -105,15 +103,6 @@ def _reaching(ordered: jax.Array, least: jax.Array) -> jax.Array:
     return jnp.where(ordered >= least, 1, 0).sum()
 
 
-def _count(ordered: Any, least: jax.Array, tally: Any, interpret: Any) -> None:
-    """How many numbers of each warp's quarter are above `least`, and how many equal it, to tally[2 w] and [2 w + 1]."""
-    if interpret:
-        quarters = ordered[...].reshape(WARPS, -1)
-        tally[...] = jnp.stack([(quarters > least).sum(1), (quarters == least).sum(1)], 1).reshape(-1).astype(jnp.int32)
-        return
-    _assemble(count_ptx(ordered.shape[0]), (ordered, tally), (least,))
-
-
 def _collect(ordered: Any, least: jax.Array, k: int, tally: Any, chosen: Any, interpret: Any) -> None:
     """Places of all numbers above `least` and of the first that equal it, k at the most, in rising order."""
     if interpret:
@@ -141,80 +130,99 @@ def _assemble(text: str, refs: tuple[Any, ...], numbers: tuple[jax.Array, ...]) 
     run(*refs, *numbers)
 
 
-def count_ptx(count: int) -> str:
-    """PTX of one thread for `count` numbers: $0 thread, $1 numbers, $2 tally, $3 the least."""
-    step = [*_look("$3"), *_add_ballot("is_above", "above"), *_add_ballot("is_equal", "equal")]
-    write = ["mad.lo.u32 to, warp, 8, $2;", "st.shared.b32 [to], above;", "st.shared.b32 [to + 4], equal;"]
-    return _thread([], count, step, write)
-
-
 def collect_ptx(count: int, k: int) -> str:
     """PTX of one thread for `count` numbers: $0 thread, $1 numbers, $2 tally, $3 chosen, $4 the least.
 
-    `above` and `equal` are how many of all numbers before the warp's 32 are, `ahead` before the thread's own.
+    Counts of numbers above the least and of those that equal it are the halves of a word. `base` are the counts before
+    the warp's part, then before its next thousand.
     """
-    start = ["shl.b32 lower, 1, lane;", "add.s32 lower, lower, -1;", f"mov.u32 ties, {k};"]
-    for warp in range(WARPS):
-        start += [f"setp.gt.s32 more, warp, {warp};"]
-        for name, offset in (("above", 8 * warp), ("equal", 8 * warp + 4)):
-            start += [f"ld.shared.b32 some, [$2 + {offset}];", "selp.b32 some, some, 0, more;"]
-            start += [f"add.s32 {name}, {name}, some;"]
-        start += [f"ld.shared.b32 some, [$2 + {8 * warp}];", "sub.s32 ties, ties, some;"]
-    before = lambda flag: [f"vote.sync.ballot.b32 ballot, {flag}, 0xffffffff;", "and.b32 some, ballot, lower;"]  # noqa: E731
-    step = [
-        *_look("$4"),
-        *before("is_equal"),
-        "popc.b32 rank, some;",
-        "add.s32 rank, rank, equal;",
-        "setp.lt.and.s32 early, rank, ties, is_equal;",
-        "min.s32 ahead, rank, ties;",
-        "popc.b32 some, ballot;",
-        "add.s32 equal, equal, some;",
-        *before("is_above"),
-        "popc.b32 rank, some;",
-        "add.s32 ahead, ahead, rank;",
-        "add.s32 ahead, ahead, above;",
-        "popc.b32 some, ballot;",
-        "add.s32 above, above, some;",
-        "mad.lo.u32 to, ahead, 4, $3;",
-        "@is_above st.shared.b32 [to], place;",
-        "@early st.shared.b32 [to], place;",
-    ]
-    return _thread(start, count, step, [])
-
-
-def _look(least: str) -> list[str]:
-    """The number of the thread's place, compared with `least`."""
-    return [
-        "ld.shared.s32 number, [from];",
-        f"setp.gt.s32 is_above, number, {least};",
-        f"setp.eq.s32 is_equal, number, {least};",
-    ]
-
-
-def _add_ballot(flag: str, total: str) -> list[str]:
-    vote = f"vote.sync.ballot.b32 ballot, {flag}, 0xffffffff;"
-    return [vote, "popc.b32 some, ballot;", f"add.s32 {total}, {total}, some;"]
-
-
-def _thread(start: list[str], count: int, step: list[str], end: list[str]) -> str:
-    """The whole of a thread: `step` for each 32 numbers of its warp's quarter, `place` being the thread's own."""
-    quarter = count // WARPS
-    before = [
+    steps = count // (WARPS * LANES)
+    thousands = [range(LANES)[: steps - first] for first in range(0, steps, LANES)]
+    start = [
         "and.b32 thread, $0, 127;",
         "shr.u32 warp, thread, 5;",
         "and.b32 lane, thread, 31;",
-        f"mad.lo.u32 place, warp, {quarter}, lane;",
+        f"mad.lo.u32 place, warp, {count // WARPS}, lane;",
         "mad.lo.u32 from, place, 4, $1;",
-        "mov.u32 above, 0;",
-        "mov.u32 equal, 0;",
-        f"mov.u32 steps, {quarter // 32};",
+        f"mad.lo.u32 place, lane, {LANES - 1}, place;",
+        "mov.u32 base, 0;",
     ]
-    after = [
-        "add.s32 place, place, 32;",
-        "add.s32 from, from, 128;",
-        "add.s32 steps, steps, -1;",
-        "setp.gt.s32 more, steps, 0;",
-        "@more bra again;",
+    look = [line for i, part in enumerate(thousands) for line in _look(i, len(part))]
+    write = [line for i in range(len(thousands)) for line in _write(i)]
+    return "\n".join(["{", _registers(len(thousands)), *start, *look, *_share(k), *write, "}"])
+
+
+def _registers(thousands: int) -> str:
+    words = "thread lane warp from place turn steps ballot base all ties both some before equal left to less bit index"
+    each = [f"{name}{i}" for i in range(thousands) for name in ("above", "equal", "both")]
+    numbers = [f"number{i}" for i in range(UNROLLED)]
+    return f".reg .b32 {', '.join([*words.split(), *each, *numbers])};\n.reg .pred flag, mine, more, is_equal;"
+
+
+def _look(i: int, steps: int) -> list[str]:
+    """A step asks 32 threads whether their numbers are above the least, and equal: `lane` keeps the answers of its step.
+
+    So it has those of 32 numbers that follow one another, their first number's place being `place`.
+    """
+    together = math.gcd(steps, UNROLLED)
+    lines = [f"mov.u32 above{i}, 0;", f"mov.u32 equal{i}, 0;", "mov.u32 turn, lane;", f"mov.u32 steps, {steps};"]
+    lines += [f"look{i}:", *(f"ld.shared.s32 number{j}, [from + {4 * LANES * j}];" for j in range(together))]
+    for j in range(together):
+        lines += [f"setp.eq.s32 mine, turn, {j};"]
+        for order, name in (("gt", "above"), ("eq", "equal")):
+            lines += [f"setp.{order}.s32 flag, number{j}, $4;", "vote.sync.ballot.b32 ballot, flag, 0xffffffff;"]
+            lines += [f"@mine mov.u32 {name}{i}, ballot;"]
+    lines += [f"add.s32 from, from, {4 * LANES * together};", f"add.s32 turn, turn, {-together};"]
+    lines += [f"add.s32 steps, steps, {-together};", "setp.gt.s32 more, steps, 0;", f"@more bra look{i};"]
+    lines += [f"popc.b32 some, equal{i};", f"popc.b32 both{i}, above{i};"]
+    return [*lines, f"mad.lo.u32 both{i}, some, 65536, both{i};", f"add.s32 base, base, both{i};"]
+
+
+def _share(k: int) -> list[str]:
+    """The warps tell each other their counts; `ties` is for how many equal ones there is room."""
+    lines = ["redux.sync.add.s32 some, base, 0xffffffff;", "mad.lo.u32 to, warp, 4, $2;", "st.shared.b32 [to], some;"]
+    lines += [f"bar.sync 0, {THREADS};", "mov.u32 base, 0;", "mov.u32 all, 0;"]
+    for warp in range(WARPS):
+        lines += [f"ld.shared.b32 some, [$2 + {4 * warp}];", "add.s32 all, all, some;"]
+        lines += [f"setp.gt.s32 more, warp, {warp};", "@more add.s32 base, base, some;"]
+    return [*lines, "and.b32 all, all, 0xffff;", f"mov.u32 ties, {k};", "sub.s32 ties, ties, all;"]
+
+
+def _write(i: int) -> list[str]:
+    """Places of a thread's chosen numbers, behind those of all threads before it."""
+    lines = [f"mov.u32 before, both{i};"]
+    for lanes in (1, 2, 4, 8, 16):
+        lines += [f"shfl.sync.up.b32 some|more, before, {lanes}, 0, 0xffffffff;", "@more add.s32 before, before, some;"]
+    return [
+        *lines,
+        "shfl.sync.idx.b32 some, before, 31, 31, 0xffffffff;",
+        f"sub.s32 before, before, both{i};",
+        "add.s32 before, before, base;",
+        "add.s32 base, base, some;",
+        "shr.u32 equal, before, 16;",
+        "sub.s32 left, ties, equal;",
+        "min.s32 equal, equal, ties;",
+        "and.b32 to, before, 0xffff;",
+        "add.s32 to, to, equal;",
+        "mad.lo.u32 to, to, 4, $3;",
+        f"or.b32 both, above{i}, equal{i};",
+        f"write{i}:",
+        "setp.ne.s32 more, both, 0;",
+        "add.s32 less, both, -1;",
+        "and.b32 some, both, less;",
+        "xor.b32 bit, both, some;",
+        "mov.u32 both, some;",
+        "add.s32 less, bit, -1;",
+        "popc.b32 index, less;",
+        "add.s32 index, index, place;",
+        f"and.b32 some, equal{i}, bit;",
+        "setp.ne.s32 is_equal, some, 0;",
+        "@is_equal add.s32 left, left, -1;",
+        "selp.b32 some, left, 0, is_equal;",
+        "setp.ge.and.s32 more, some, 0, more;",
+        "@more st.shared.b32 [to], index;",
+        "@more add.s32 to, to, 4;",
+        "setp.ne.s32 more, both, 0;",
+        f"@more bra write{i};",
+        f"add.s32 place, place, {LANES * LANES};",
     ]
-    return "\n".join(["{", REGISTERS, *before, *start, "again:", *step, *after, *end, "}"])

@@ -15,6 +15,7 @@ BINARY = {
     "add.u32": np.add, "mul.f32": np.multiply, "setp.ge.s32": np.greater_equal, "setp.lt.s32": np.less,
     "div.u32": np.floor_divide, "rem.u32": np.remainder, "sub.s32": np.subtract, "min.s32": np.minimum,
     "setp.gt.s32": np.greater, "setp.eq.s32": np.equal, "setp.ne.s32": np.not_equal,
+    "setp.le.s32": np.less_equal, "setp.le.u32": np.less_equal, "sub.u32": lambda a, b: a - b & 0xFFFFFFFF,
 }  # fmt: skip
 
 
@@ -90,18 +91,21 @@ class Machine:
             case "setp.lt.and.s32" | "setp.ge.and.s32":
                 a, b, both = map(self.value, rest)
                 self.registers[to] = BINARY[name.replace(".and", "")](a, b) & both
-            case "mov.u32":
+            case "mov.u32" | "mov.s32":
                 self.registers[to] = self.value(rest[0])
             case "popc.b32":
                 self.registers[to] = np.bitwise_count(self.value(rest[0]))
             case "vote.sync.ballot.b32":
                 votes = self.value(rest[0]).reshape(-1, 32)
                 self.registers[to] = (votes << np.arange(32)).sum(1).repeat(32)
-            case "redux.sync.add.s32":
-                self.registers[to] = self.value(rest[0]).reshape(-1, 32).sum(1).repeat(32)
-            case "shfl.sync.up.b32":
+            case "red.shared.add.u32":
+                np.add.at(self.shared.view(np.uint32), self.address(to, 4)[active] // 4, self.value(rest[0])[active])
+            case "redux.sync.add.s32" | "redux.sync.max.s32":
+                warps = self.value(rest[0]).reshape(-1, 32)
+                self.registers[to] = (warps.sum(1) if "add" in name else warps.max(1)).repeat(32)
+            case "shfl.sync.up.b32" | "shfl.sync.down.b32":
                 to, there = to.split("|")
-                source = np.arange(THREADS) - int(rest[1])
+                source = np.arange(THREADS) + int(rest[1]) * (-1 if "up" in name else 1)
                 self.registers[there] = source // 32 == np.arange(THREADS) // 32
                 self.registers[to] = self.value(rest[0])[np.where(self.registers[there], source, np.arange(THREADS))]
             case "shfl.sync.idx.b32":

@@ -151,6 +151,7 @@ def test_each_thread_writes_the_places_of_the_chosen(levels, seen, count, k):
     np.testing.assert_array_equal(shared[chosen:].view(np.int32)[: len(taken)], taken)
     assert (shared[chosen + 4 * len(taken) :] == 255).all()
     assert (machine.written[chosen : chosen + 4 * len(taken)] == 1).all()
+    assert machine.bank_conflicts <= 4 * 32  # no number's: counts of a digit are read in twice the time
 
 
 @given(length=st.integers(1, 9), parts=st.integers(1, 9), seed=st.integers(0, 99))
@@ -191,7 +192,7 @@ def test_the_indexer_takes_the_kernels_on_hopper_and_no_gradient_passes_them(mon
 
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", [pytest.param("h100", marks=pytest.mark.slow), "h200"])
-@pytest.mark.parametrize(("entries", "k", "kernels"), [(16_384, 512, 2), (262_144, 1024, 3)])
+@pytest.mark.parametrize(("entries", "k", "kernels"), [(16_384, 512, 2), (16_384, 300, 2), (262_144, 1024, 3)])
 def test_the_kernels_compile_for_hopper(chip, entries, k, kernels, monkeypatch, capfd):
     """Nothing is spilled. Of 1,024 queries' scores, 64 MiB or 1 GiB, a chunk's are there, and little more."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")  # says what is spilled, of kernels not compiled before

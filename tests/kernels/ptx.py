@@ -1,4 +1,7 @@
-"""PTX carried out for all threads of a warpgroup at once, which branch together; Pallas' interpreter runs none."""
+"""PTX carried out for all threads of a warpgroup at once; Pallas' interpreter runs none.
+
+Threads branch together, but for loops that some leave earlier: those wait behind them.
+"""
 
 import re
 
@@ -11,7 +14,8 @@ BINARY = {
     "shl.b32": lambda number, places: number << places & 0xFFFFFFFF, "max.s32": np.maximum, "add.s32": np.add,
     "add.u32": np.add, "mul.f32": np.multiply, "setp.ge.s32": np.greater_equal, "setp.lt.s32": np.less,
     "div.u32": np.floor_divide, "rem.u32": np.remainder, "sub.s32": np.subtract, "min.s32": np.minimum,
-    "setp.gt.s32": np.greater, "setp.eq.s32": np.equal,
+    "setp.gt.s32": np.greater, "setp.eq.s32": np.equal, "setp.ne.s32": np.not_equal,
+    "setp.le.s32": np.less_equal, "setp.le.u32": np.less_equal, "sub.u32": lambda a, b: a - b & 0xFFFFFFFF,
 }  # fmt: skip
 
 
@@ -39,19 +43,25 @@ class Machine:
 
     def run(self, text):
         lines = [line.strip().rstrip(";") for line in text.splitlines()]
-        at = 0
+        at, looping = 0, np.ones(THREADS, bool)
         while at < len(lines):
             line, at = lines[at], at + 1
             guard, line = line[1:].split(" ", 1) if line.startswith("@") else (None, line)
             if not line or line in "{}" or line.startswith(".reg") or line.endswith(":"):
                 continue
             name, _, rest = line.partition(" ")
-            active = np.ones(THREADS, bool) if guard is None else self.value(guard)
+            active = looping if guard is None else looping & self.value(guard)
             if name == "bra":
-                assert active.all() == active.any()
-                at = lines.index(f"{rest}:") if active.all() else at
+                target = lines.index(f"{rest}:")
+                assert active.all() == active.any() or target < at
+                at, looping = (target, active) if active.any() else (at, np.ones(THREADS, bool))
             else:
-                self.step(name, [part.strip() for part in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)], active)
+                args = [part.strip() for part in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", rest)]
+                assert looping.all() or not name.startswith(("vote", "shfl", "redux", "bar"))
+                before = self.registers.get(args[0]) if args else None
+                self.step(name, args, active)
+                if before is not None:
+                    self.registers[args[0]] = np.where(active, self.registers[args[0]], before)
         return self
 
     def step(self, name, args, active):
@@ -78,16 +88,28 @@ class Machine:
             case "selp.b32":
                 a, b, chosen = map(self.value, rest)
                 self.registers[to] = np.where(chosen, a, b)
-            case "setp.lt.and.s32":
+            case "setp.lt.and.s32" | "setp.ge.and.s32":
                 a, b, both = map(self.value, rest)
-                self.registers[to] = (a < b) & both
-            case "mov.u32":
+                self.registers[to] = BINARY[name.replace(".and", "")](a, b) & both
+            case "mov.u32" | "mov.s32":
                 self.registers[to] = self.value(rest[0])
             case "popc.b32":
                 self.registers[to] = np.bitwise_count(self.value(rest[0]))
             case "vote.sync.ballot.b32":
                 votes = self.value(rest[0]).reshape(-1, 32)
                 self.registers[to] = (votes << np.arange(32)).sum(1).repeat(32)
+            case "red.shared.add.u32":
+                np.add.at(self.shared.view(np.uint32), self.address(to, 4)[active] // 4, self.value(rest[0])[active])
+            case "redux.sync.add.s32" | "redux.sync.max.s32":
+                warps = self.value(rest[0]).reshape(-1, 32)
+                self.registers[to] = (warps.sum(1) if "add" in name else warps.max(1)).repeat(32)
+            case "shfl.sync.up.b32" | "shfl.sync.down.b32":
+                to, there = to.split("|")
+                source = np.arange(THREADS) + int(rest[1]) * (-1 if "up" in name else 1)
+                self.registers[there] = source // 32 == np.arange(THREADS) // 32
+                self.registers[to] = self.value(rest[0])[np.where(self.registers[there], source, np.arange(THREADS))]
+            case "shfl.sync.idx.b32":
+                self.registers[to] = self.value(rest[0]).reshape(-1, 32)[:, int(rest[1])].repeat(32)
             case "ld.shared.b32" | "ld.shared.s32":
                 words = self.address(rest[0], 4) // 4
                 kind = np.int32 if name.endswith("s32") else np.uint32
@@ -145,7 +167,7 @@ class Machine:
                 wanted = active & (self.value(count[0]) > 0) if count else active
                 data = self.read(source, int(size), wanted)
                 self.write(to, np.where(wanted[:, None], data, 0).astype(np.uint8), active)
-            case "cp.async.wait_all" | "cp.async.wait_group" | "cp.async.commit_group" | "bar.warp.sync":
+            case "cp.async.wait_all" | "cp.async.wait_group" | "cp.async.commit_group" | "bar.warp.sync" | "bar.sync":
                 pass
             case _:
                 raise NotImplementedError(name)

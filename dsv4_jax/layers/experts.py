@@ -13,9 +13,6 @@ from dsv4_jax.kernels.platforms import compiled_for
 from dsv4_jax.layers.norm import dense
 from dsv4_jax.quantization.policy import NONE, Policy
 
-CPU_TILE = 4, 32
-"""The fewest and the most rows that a CPU multiplies at a time: more would leave the cache between the products."""
-
 
 class Matrices(NamedTuple):
     """Experts: w1 (gate) and w3 (up) [E, D, I], w2 (down) [E, I, D]."""
@@ -86,7 +83,7 @@ def _tile_by_tile(
     Differentiated it is `_product_by_product`, which keeps what its gradients need.
     """
     count, k = len(experts.w1), expert_ids.shape[1]
-    tile = tile_rows(expert_ids.size, count, *CPU_TILE)
+    tile = tile_rows(expert_ids.size, count, least=4)
     groups = make_groups(expert_ids, count, tile)
     pairs = groups.pair_of.reshape(-1, tile)
 
@@ -143,10 +140,10 @@ def swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
     return (jax.nn.silu(g) * u).astype(gate.dtype)
 
 
-def tile_rows(pairs: int, experts: int, least: int = 8, most: int = 128) -> int:
-    """Rows per tile: about half an expert's share, within bounds, so that padding stays small against the work."""
+def tile_rows(pairs: int, experts: int, least: int = 8) -> int:
+    """Rows per tile: about half an expert's share, at most 128, so that padding stays small against the work."""
     share = max(pairs // experts, 1)
-    return min(max(1 << (share.bit_length() - 1), least), most)
+    return min(max(1 << (share.bit_length() - 1), least), 128)
 
 
 @jax.custom_vjp

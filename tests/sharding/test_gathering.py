@@ -25,10 +25,10 @@ CASES = {
 
 
 def gathered_and_gradients(lies, dtype):
-    """Of a weight [16, 24] that eight devices multiply with their own rows: whole, its gradient, and the same apart."""
+    """Of a weight [16, 24] that eight devices multiply with a row each: whole, its gradient, and the same apart."""
     mesh, every = make_mesh({"fsdp": 4, "expert": 2}), PartitionSpec(("fsdp", "expert"))
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
-    weight, rows, d_out = draw(0, 16, 24), draw(1, 8, 5, 16).astype(dtype), draw(2, 8, 5, 24).astype(dtype)
+    weight, rows, d_out = draw(0, 16, 24), draw(1, 8, 1, 16).astype(dtype), draw(2, 8, 1, 24).astype(dtype)
 
     def product(part, rows):
         full = whole(part, lies, dtype)
@@ -46,12 +46,12 @@ def all_cases(dtype):
     return {name: gathered_and_gradients(lies, jnp.dtype(dtype)) for name, lies in CASES.items()}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-3)])
-def test_every_device_gets_the_whole_weight_and_its_gradient_is_the_sum(dtype, tolerance):
-    """In BF16 a device's own gradient may round to the neighbour of the one that float64 rounds to."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_device_gets_the_whole_weight_and_its_gradient_is_the_sum(dtype):
+    """A float32 sum of what each device rounds once to `dtype`: 1e-6 of the largest."""
     for name, (weight, full, gradient, wanted) in on_devices(8, all_cases, dtype).items():
         assert full.shape == (8, 16, 24) and all((one == weight).all() for one in full), name
-        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=tolerance * np.abs(wanted).max(), err_msg=name)
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max(), err_msg=name)
 
 
 def gathers(dtype):

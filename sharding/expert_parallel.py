@@ -18,14 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dsv4_jax.kernels.grouped_matmul import OfStack
 from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.partition import ExpertFunction
-from sharding.gathering import whole
-from sharding.rules import Axes, spec, used_axes
+from sharding.gathering import expert_specs, owned_experts
+from sharding.mesh import EXPERT, TENSOR
+from sharding.rules import Axes, used_axes
 
-EXPERT = "expert"
-TENSOR = "tensor"
 HEADROOM = 2.0
 """Capacity of the first round over the mean load of an owner: routing this uneven still takes one round."""
 LANES = 8
@@ -100,15 +98,14 @@ def dispatch_experts(
     """
     exchanged = EXPERT in used_axes(rows)
     local = partial(_exchange, headroom=headroom, mesh=mesh) if exchanged else _own_share
-    axes = ("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-    specs = type(matrices)(*(_lies(*each, rules, mesh) for each in zip(matrices, axes, strict=True)))
+    specs = expert_specs(matrices, rules, mesh)
     tokens = PartitionSpec(*rows, *(None,) * (3 - len(rows)))
 
     def one_device(
         matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, beside: jax.Array | None
     ) -> jax.Array:
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-        matrices = type(matrices)(*(_owned(*each, x.dtype) for each in zip(matrices, specs, strict=True)))
+        matrices = owned_experts(matrices, specs, x.dtype)
         experts, split = matrices[0].shape[0] * mesh.shape[EXPERT], mesh.shape[TENSOR] > 1
         added = None if split or beside is None else flat(beside)
         out = local(apply, matrices, flat(x), flat(expert_ids), flat(weights), added, experts=experts)
@@ -121,26 +118,6 @@ def dispatch_experts(
     return jax.shard_map(
         one_device, mesh=mesh, in_specs=(specs, tokens, tokens, tokens, tokens), out_specs=tokens, check_vma=False
     )(matrices, x, expert_ids, weights, beside)
-
-
-def _lies(matrix: Any, axes: tuple[str, ...], rules: Mapping[str, Axes], mesh: Mesh) -> Any:
-    """How a matrix is given to each device: experts and widths to their owners, plain ones spread as they lie."""
-    own = {"experts": EXPERT, "mlp": TENSOR}
-    if isinstance(matrix, OfStack):
-        return OfStack(PartitionSpec(None, *map(own.get, axes)), PartitionSpec())
-    if not isinstance(matrix, jax.Array):
-        return PartitionSpec(*map(own.get, axes))
-    further = {"embed": tuple(axis for axis in rules.get("embed", ()) if axis not in (EXPERT, TENSOR))}
-    spread = spec(further, axes, mesh, matrix.shape)
-    spread = *spread, *(None,) * (len(axes) - len(spread))
-    return PartitionSpec(*(own.get(axis, lies) for axis, lies in zip(axes, spread, strict=True)))
-
-
-def _owned(matrix: Any, lies: Any, dtype: Any) -> Any:
-    """An owner's part of a matrix, gathered along all axes but the owners'."""
-    if not isinstance(matrix, jax.Array):
-        return matrix
-    return whole(matrix, PartitionSpec(*(None if axes in (EXPERT, TENSOR) else axes for axes in lies)), dtype)
 
 
 def _own_share(

@@ -6,6 +6,7 @@ added up in float32, and every device keeps the sum for its own part. All of it 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from dsv4_jax.facts import Fact
+from dsv4_jax.kernels.grouped_matmul import OfStack
 from dsv4_jax.layers.parameters import facts_of
-from sharding.rules import Strategy, parameter_specs, used_axes
+from sharding.mesh import EXPERT, TENSOR
+from sharding.rules import Axes, Strategy, parameter_specs, spec, used_axes
 
 Tree = Any
 
@@ -77,3 +80,36 @@ def whole_layer(state: nnx.State, parts: Tree, lies: Tree, dtype: Any) -> Tree:
         return whole(part, lies, dtype if fact.optimizer == "muon" else part.dtype) if used_axes(lies) else part
 
     return jax.tree.map(one, facts_of(state), lies, parts)
+
+
+def expert_specs(matrices: Any, rules: Mapping[str, Axes], mesh: Mesh) -> Any:
+    """How w1, w3 [E, D, I] and w2 [E, I, D] of all experts are given to each device; see `owned_experts`.
+
+    Experts and widths go to their owners; plain arrays come spread further, as `rules` has them.
+    """
+    axes = ("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+    return type(matrices)(*(_lies(*each, rules, mesh) for each in zip(matrices, axes, strict=True)))
+
+
+def owned_experts(matrices: Any, specs: Any, dtype: Any) -> Any:
+    """An owner's part of the matrices, gathered along all axes but the owners'; in `dtype` where they were spread."""
+    return type(matrices)(*(_owned(*each, dtype) for each in zip(matrices, specs, strict=True)))
+
+
+def _lies(matrix: Any, axes: tuple[str, ...], rules: Mapping[str, Axes], mesh: Mesh) -> Any:
+    """How a matrix is given to each device: experts and widths to their owners, plain ones spread as they lie."""
+    own = {"experts": EXPERT, "mlp": TENSOR}
+    if isinstance(matrix, OfStack):
+        return OfStack(PartitionSpec(None, *map(own.get, axes)), PartitionSpec())
+    if not isinstance(matrix, jax.Array):
+        return PartitionSpec(*map(own.get, axes))
+    further = {"embed": tuple(axis for axis in rules.get("embed", ()) if axis not in (EXPERT, TENSOR))}
+    spread = spec(further, axes, mesh, matrix.shape)
+    spread = *spread, *(None,) * (len(axes) - len(spread))
+    return PartitionSpec(*(own.get(axis, lies) for axis, lies in zip(axes, spread, strict=True)))
+
+
+def _owned(matrix: Any, lies: Any, dtype: Any) -> Any:
+    if not isinstance(matrix, jax.Array):
+        return matrix
+    return whole(matrix, PartitionSpec(*(None if axes in (EXPERT, TENSOR) else axes for axes in lies)), dtype)

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh
 
 from dsv4_jax.errors import UserError
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
+EXPERT, TENSOR = "expert", "tensor"
+AXES = ("data", "fsdp", EXPERT, "context", TENSOR)
 """Outermost first: neighbours along the last axes are the closest devices."""
 
 

@@ -17,7 +17,8 @@ from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
 from dsv4_jax.partition import ExpertFunction, Partition
 from sharding import context_parallel, row_caches
-from sharding.expert_parallel import EXPERT, HEADROOM, TENSOR, dispatch_experts
+from sharding.expert_parallel import HEADROOM, dispatch_experts
+from sharding.mesh import EXPERT, TENSOR
 from sharding.rules import Strategy, spec, used_axes
 
 

@@ -67,7 +67,8 @@ def compare(meshes, config=CONFIG, data=None):
     """By mesh: differences of the loss's parts, and the largest relative difference of a gradient.
 
     Relative to the array's largest value, or to a hundredth of the largest of all: a small one is what is left of a sum
-    of large terms, with their rounding.
+    of large terms, with their rounding. On one device, too, eight microbatches in place of one move a scalar of 1.4e-4
+    by 4e-5 of itself where others reach 0.07.
     """
     data = data or batch()
     wanted, parts = gradients(ALONE, config, data)

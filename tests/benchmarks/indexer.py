@@ -21,7 +21,7 @@ import numpy as np
 import dsv4_jax as dsv4
 from dsv4_jax import model
 from dsv4_jax.kernels.indexer_topk import IndexOperands, Search, index_loss, index_topk
-from dsv4_jax.kernels.indexer_topk.kl import mass_of
+from dsv4_jax.kernels.indexer_topk.xla_loss import mass_of
 from dsv4_jax.quantization.rounding import Rounding
 from tests.benchmarks.common import ROOT, machine, markdown
 

@@ -130,11 +130,16 @@ def joint_mass(q, entries, visible):
     return mass
 
 
-def test_the_index_loss_reaches_only_the_operands():
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_index_loss_reaches_only_the_operands(sparse):
     rng = np.random.default_rng(4)
     operands, lo, hi = random_case(rng, 1, 5, 6)
-    bounds = jnp.stack([jnp.zeros((1, 5), int), jnp.full((1, 5), 6)], -1)
+    bounds = np.stack([np.zeros((1, 5), int), np.full((1, 5), 6)], -1)
+    compared, k = (sorted_choice(scores_of(*operands), lo, hi, 2), 0) if sparse else (bounds, 2)
     q, entries, lse = f32(rng.normal(size=(1, 5, 2, 4)), rng.normal(size=(1, 6, 4)), rng.normal(size=(1, 5, 2)) + 3)
-    loss = lambda q, entries, lse: index_loss(IndexOperands(*f32(*operands)), q, entries, lse, bounds, 1.0, 2).kl.sum()  # noqa: E731
+
+    def loss(q, entries, lse):
+        return index_loss(IndexOperands(*f32(*operands)), q, entries, lse, jnp.asarray(compared), 1.0, k).kl.sum()
+
     for gradient in jax.grad(loss, (0, 1, 2))(q, entries, lse):
         assert not gradient.any()

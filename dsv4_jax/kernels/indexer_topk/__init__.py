@@ -1,12 +1,15 @@
 """Index scores, the top-k of them, and the loss that teaches them."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from dsv4_jax.kernels.indexer_topk import gpu, gpu_paged, paged, tpu, xla
 from dsv4_jax.kernels.indexer_topk.kl import IndexLoss, index_loss
 from dsv4_jax.kernels.indexer_topk.operands import CANDIDATES, EXACT, IndexOperands, PagedOperands, Search
+from dsv4_jax.kernels.laid_out import over_rows, rows_of
 from dsv4_jax.kernels.platforms import by_platform
 
 __all__ = ["CANDIDATES", "IndexLoss", "IndexOperands", "PagedOperands", "Search", "index_loss", "index_topk"]
@@ -30,15 +33,33 @@ def index_topk(
         is the backend's: best first in XLA, by position from the kernels.
     """
     if isinstance(operands, PagedOperands):
-        choose = {"k": min(k, operands.pages.capacity), "search": search}
-        kernel = partial(gpu_paged.index_topk, **choose) if gpu_paged.supports(operands, choose["k"]) else None
-        return by_platform(*operands, hi, xla=partial(paged.index_topk, **choose), gpu=kernel)
+        return _over_pages(operands, hi, min(k, operands.pages.capacity), search)
     # The barrier ties the bounds to the operands. By themselves they are the same in every layer of a scan, and its
     # differentiation would compute their masks, queries x entries, before the loop and keep them.
     arrays = jax.lax.optimization_barrier(jax.lax.stop_gradient((*operands, lo, hi)))
     on_tpu = partial(_over, tpu.index_topk, k, search) if tpu.supports(operands) else None
     on_gpu = partial(_over, gpu.index_topk, k, search) if gpu.supports(operands, k) else None
     return by_platform(*arrays, xla=partial(_over, xla.index_topk, k, search), tpu=on_tpu, gpu=on_gpu)
+
+
+def _over_pages(operands: PagedOperands, hi: jax.Array, k: int, search: Search) -> jax.Array:
+    choose = {"k": k, "search": search}
+    kernels: dict[str, Callable[..., jax.Array]] = {}
+    keys = rows_of(operands.queries, operands.pages)
+    if keys is not None:
+        rows = IndexOperands(operands.queries, keys, operands.weights)
+        kernels |= {"tpu": partial(_over_rows, tpu.index_topk, k, search)} if tpu.supports(rows) else {}
+        kernels |= {"gpu": partial(_over_rows, gpu.index_topk, k, search)} if gpu.supports(rows, k) else {}
+    if gpu_paged.supports(operands, k):
+        kernels["gpu"] = partial(gpu_paged.index_topk, **choose)
+    return by_platform(*operands, hi, xla=partial(paged.index_topk, **choose), **kernels)
+
+
+def _over_rows(backend, k, search, queries, pages, weights, hi) -> jax.Array:
+    def choose(keys: jax.Array, queries: jax.Array, weights: jax.Array, hi: jax.Array) -> jax.Array:
+        return backend(IndexOperands(queries, keys, weights), jnp.zeros_like(hi), hi, k, search)
+
+    return over_rows(choose, pages, hi.max(1), queries, weights, hi)
 
 
 def _over(backend, k, search, queries, keys, weights, lo, hi) -> jax.Array:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.chunks import chunk_length, join, split
+from dsv4_jax.kernels.indexer_topk import xla_loss
 from dsv4_jax.kernels.indexer_topk.operands import IndexOperands
+from dsv4_jax.kernels.indexer_topk.xla_loss import mass_of
+from dsv4_jax.kernels.platforms import by_platform, kernels_allowed
 
 ENTRY_TILE = 2048
 
@@ -49,21 +53,45 @@ def index_loss(
 
 
 def _over_chosen(operands, q, entries, lse, choice, scale) -> IndexLoss:
-    """The loss over chosen entries: queries in chunks, which gather theirs."""
-    per_query = choice.shape[-1] * max(q.shape[2], operands.weights.shape[-1], entries.shape[-1])
-    chunk = chunk_length(q.shape[1], q.shape[0] * per_query)
-    take = jax.vmap(lambda row, index: row[index])
+    """The loss over chosen entries; besides theirs, nothing of its backward pass is kept that can be had again."""
+    mass, scores = _compared(operands, q, entries, lse, choice, scale, kernels_allowed())  # type: ignore[misc]
+    return jax.checkpoint(_divergence, static_argnums=3)(mass, scores, choice >= 0, 0)
 
-    @jax.checkpoint
-    def one(args: tuple[jax.Array, ...]) -> IndexLoss:
-        q, lse, choice, queries, weights = args
-        at, seen = jnp.maximum(choice, 0), choice >= 0
-        mass = mass_of(q, take(entries, at), lse, seen, scale)
-        scores = IndexOperands(queries, take(operands.keys, at), weights).scores()
-        return _divergence(mass, scores, seen, 0)
 
-    chunks = split((q, lse), chunk), split(choice, chunk, fill=-1), split((operands.queries, operands.weights), chunk)
-    return join(jax.lax.map(one, (*chunks[0], chunks[1], *chunks[2])), q.shape[1])
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _compared(operands, q, entries, lse, choice, scale, kernels) -> Any:
+    """Attention mass and index scores of chosen entries, [B, S, k] both; see `xla_loss.forward`."""
+    backends = _kernels(operands, q, entries, kernels)
+    taking = {name: partial(_forward, backend, scale) for name, backend in backends.items()}
+    return by_platform(*operands, q, entries, lse, choice, xla=partial(_forward, xla_loss, scale), **taking)
+
+
+def _compared_fwd(operands, q, entries, lse, choice, scale, kernels):
+    return _compared(operands, q, entries, lse, choice, scale, kernels), (operands, q, entries, lse, choice)
+
+
+def _compared_bwd(scale, kernels, saved, cotangents):
+    operands, q, entries, lse, choice = saved
+    taking = {name: partial(_backward, x) for name, x in _kernels(operands, q, entries, kernels).items()}
+    gradients = by_platform(*operands, choice, cotangents[1], xla=partial(_backward, xla_loss), **taking)
+    return IndexOperands(*gradients), None, None, None, None  # the loss detaches the attention
+
+
+_compared.defvjp(_compared_fwd, _compared_bwd)
+
+
+def _kernels(operands, q, entries, allowed) -> dict[str, Any]:
+    """The backends that take these operands, by platform."""
+    backends: dict[str, Any] = {}
+    return {name: x for name, x in backends.items() if allowed and x.supports(operands, q, entries)}
+
+
+def _forward(backend, scale, queries, keys, weights, q, entries, lse, choice):
+    return backend.forward(IndexOperands(queries, keys, weights), q, entries, lse, choice, scale)
+
+
+def _backward(backend, queries, keys, weights, choice, d_scores):
+    return backend.backward(IndexOperands(queries, keys, weights), choice, d_scores)
 
 
 def _over_visible(operands, q, entries, lse, bounds, scale, k) -> IndexLoss:
@@ -96,14 +124,6 @@ def _over_visible(operands, q, entries, lse, bounds, scale, k) -> IndexLoss:
 
     chunks = split((q, lse, bounds, operands.queries, operands.weights), chunk)
     return join(jax.lax.map(one, chunks), length)
-
-
-def mass_of(q, entries, lse, seen, scale) -> jax.Array:
-    """Attention probability of entries [B, n, K] (of all queries) or [B, S, n, K], summed over heads: [B, S, n]."""
-    own = "bqnk" if entries.ndim == 4 else "bnk"
-    logits = jnp.einsum(f"bqhk,{own}->bqhn", q, entries, preferred_element_type=jnp.float32) * scale
-    mass = jnp.where(seen[..., None, :], jnp.exp(logits - lse[..., None]), 0.0).sum(2)
-    return jax.lax.stop_gradient(mass)
 
 
 def _divergence(mass, scores, seen, k) -> IndexLoss:

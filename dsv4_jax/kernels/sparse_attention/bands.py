@@ -29,6 +29,9 @@ class Band(NamedTuple):
         return tiles if self.span is None else min(tiles, (self.span + self.tile + 2 * QUERIES) // QUERIES + 1)
 
 
+RANGE = Band(512)  # where all entries up to some are attended
+
+
 def tiles_seen(bounds: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
     """The first tile of entries that each tile of queries sees, and how many, [B, S / QUERIES] each."""
     lo, hi = _extent(bounds)

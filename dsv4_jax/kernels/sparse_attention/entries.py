@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from dsv4_jax.kernels.platforms import by_platform, compiled_for, is_blackwell, kernels_allowed
 from dsv4_jax.kernels.sparse_attention import bands, gpu, gpu_range, tpu, tpu_range, xla
-from dsv4_jax.kernels.sparse_attention.bands import Band
+from dsv4_jax.kernels.sparse_attention.bands import RANGE, Band
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
-TILE, WINDOW_TILE = 512, 128  # entries of a tile where all, or only a window of them, are attended
+WINDOW_TILE = 128  # entries of a tile where only a window of them is attended
 
 
 def range_attention(q: jax.Array, entries: jax.Array, lo: jax.Array, hi: jax.Array, scale: float) -> Branch:
     """Query t of q [B, S, H, K] attends every entry lo_t <= i < hi_t of `entries` [B, T, K]; lo, hi [B, S]."""
-    return _attend(q, entries, jnp.stack([lo, hi], axis=-1), scale, Band(TILE), kernels_allowed())
+    return _attend(q, entries, jnp.stack([lo, hi], axis=-1), scale, RANGE, kernels_allowed())
 
 
 def gather_attention(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float) -> Branch:

@@ -1,0 +1,63 @@
+"""Kernels of rows, given the pages of a cache: the entries of a few sequences are laid out, and then taken as rows.
+
+For the chunks of prompts, whose many queries read an entry again and again. Laying it out costs a read and a write, and
+as far as the longest sequence reaches; behind that are zeros. Decoding reads entries where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv4_jax.kernels.chunks import chunk_length, join, split
+from dsv4_jax.kernels.pages import Pages
+
+MANY = 64  # queries of a sequence
+NUMBERS = 1 << 27  # laid out at a time, 256 MiB in BF16; but at least those of one sequence
+TILE = 4096  # entries of a sequence that are decoded together
+
+
+def rows_of(queries: jax.Array, pages: Pages) -> Any:
+    """Shape and dtype of what `over_rows` would lay out for queries [B, S, H, K]; None for fewer than MANY of them."""
+    batch, length, _, width = queries.shape
+    return jax.ShapeDtypeStruct((batch, pages.capacity, width), queries.dtype) if length >= MANY else None
+
+
+def over_rows(apply: Callable[..., Any], pages: Pages, count: jax.Array, queries: jax.Array, *arrays: jax.Array) -> Any:
+    """`apply(rows, queries, *arrays)` for a few sequences at a time, with the rows [b, T, K] of their entries.
+
+    Args:
+        apply: gives arrays [b, ..] for arrays [b, ..].
+        pages: of all sequences.
+        count: how many entries of each sequence may be seen, [B]; those behind are zeros, whatever their blocks hold.
+        queries: [B, S, H, K]; rows have their dtype.
+        *arrays: [B, ..].
+    """
+
+    def one(args: tuple[Any, ...]) -> Any:
+        tables, count, *arrays = jax.tree.map(lambda x: x[0], args)
+        result = apply(_laid_out(pages, tables, count, queries.dtype, queries.shape[-1]), *arrays)
+        return jax.tree.map(lambda x: x[None], result)
+
+    batch = count.shape[0]
+    group = chunk_length(batch, pages.capacity * queries.shape[-1], most=NUMBERS)
+    sequences = jax.tree.map(lambda x: x[None], (pages.tables, count, queries, *arrays))
+    return jax.tree.map(lambda x: x[0], join(jax.lax.map(one, split(sequences, group)), batch))
+
+
+def _laid_out(pages: Pages, tables: jax.Array, count: jax.Array, dtype: Any, width: int) -> jax.Array:
+    """The first entries of the sequences with `tables` [b, N], decoded, and zeros up to the capacity: [b, T, K]."""
+    columns = pages.columns_of(TILE)
+    some = replace(pages, tables=tables, own_blocks=False)
+
+    def add_tile(i: jax.Array, rows: jax.Array) -> jax.Array:
+        index, entries = some.tile(i, columns, dtype)
+        entries = jnp.where((index < count[:, None])[..., None], entries, 0)
+        return jax.lax.dynamic_update_slice_in_dim(rows, entries, index[0], axis=1)
+
+    nothing = jnp.zeros((tables.shape[0], pages.capacity, width), dtype)
+    return jax.lax.fori_loop(0, some.tiles_until(count, columns), add_tile, nothing)

@@ -19,6 +19,7 @@ from dsv4_jax.partition import ExpertFunction, Partition
 from sharding import context_parallel, row_caches
 from sharding.expert_parallel import HEADROOM, dispatch_experts
 from sharding.mesh import EXPERT, TENSOR
+from sharding.own_heads import splits_heads
 from sharding.rules import Strategy, spec, used_axes
 
 
@@ -69,15 +70,18 @@ class MeshPartition(Partition):
 
         Every device works on its own rows with the layer's weights, so that no loop over queries ever walks over other
         devices' rows, and reads and writes the compressed entries that its rows own. Where heads are spread over a
-        tensor axis, or rows share blocks, the compiler partitions the layer.
+        tensor axis it has its own heads in inference; in training, or where rows share blocks, the compiler partitions
+        the layer.
         """
         if past is None and any(self.mesh.shape[axis] > 1 for axis in self.strategy.activations.get("seq", ())):
             return *context_parallel.attention(self.mesh, self.strategy, layer, x, layout, options), None
-        if self.mesh.shape[TENSOR] > 1 or not row_caches.stays_with_rows(past):
+        spread = self.mesh.shape[TENSOR] > 1
+        own_heads = spread and past is not None and splits_heads(layer, options, self.strategy, self.mesh)
+        if spread > own_heads or not row_caches.stays_with_rows(past):
             with partitioned_by_the_compiler():
                 return super().attention(layer, x, layout, options, past)
         rows = PartitionSpec(*self._rows(x)[:1])
-        return row_caches.attention(self.mesh, self.strategy, rows, layer, x, layout, options, past)
+        return row_caches.attention(self.mesh, self.strategy, rows, layer, x, layout, options, past, own_heads)
 
     def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """See `Partition.look_up`: where the vocabulary is spread, every device adds the rows that it has."""

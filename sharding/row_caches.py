@@ -16,6 +16,8 @@ from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
 from sharding.gathering import layer_specs, whole_layer
+from sharding.mesh import TENSOR
+from sharding.own_heads import head_specs
 from sharding.rules import Strategy, used_axes
 
 Attended = tuple[jax.Array, dict[str, Any], LayerCache | None]
@@ -35,6 +37,7 @@ def attention(
     layout: Layout,
     options: AttentionOptions,
     past: LayerCache | None,
+    own_heads: bool = False,
 ) -> Attended:
     """`layer(x, layout, options, past)` with every device working on the rows it holds.
 
@@ -47,18 +50,21 @@ def attention(
         layout: of the rows.
         options: as on one device.
         past: a cache that `stays_with_rows`, or None.
+        own_heads: every device has its own heads of the layer (`own_heads.splits_heads`).
 
     Returns:
         [B, S, D], the layer's record and the cache with these tokens, all laid out by rows as x.
     """
     graph, state = nnx.split(layer)
-    axes, storage, spread = used_axes(rows), past and past.storage, layer_specs(state, strategy, mesh)
+    axes, storage = used_axes(rows), past and past.storage
+    spread = head_specs(state) if own_heads else layer_specs(state, strategy, mesh)
 
     def own_rows(weights: Any, x: jax.Array, layout: Layout, held: LayerCache | None) -> Attended:
         first = jax.lax.axis_index(axes) * x.shape[0] if axes else 0
         here = held and _mapped(held, partial(_renumbered, first=-first))._replace(storage=storage)
-        weights = whole_layer(state, weights, spread, x.dtype)
+        weights = weights if own_heads else whole_layer(state, weights, spread, x.dtype)
         out, record, after = nnx.merge(graph, weights)(x, layout, options, here)
+        out = jax.lax.psum(out, TENSOR) if own_heads else out
         return out, record, after and _mapped(after, partial(_renumbered, first=first))._replace(storage=None)
 
     held = past and past._replace(storage=None)  # static: no leaf of the tree

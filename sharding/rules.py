@@ -54,7 +54,7 @@ def _wide(*axes: str) -> dict[str, Axes]:
 INSTEAD = {"q_lora": ("heads", "index_heads")}
 """Which dimension of a matrix takes the devices by which another does not divide: V4-Pro's rank is 1,536, not 1,024."""
 
-_TENSOR = dict.fromkeys(("heads", "o_groups", "o_lora", "index_heads", "mlp", "vocab"), ("tensor",))
+_TENSOR = dict.fromkeys(("heads", "o_groups", "o_lora", "mlp", "vocab"), ("tensor",))
 _DATA = ("data", "fsdp", "expert")
 
 STRATEGIES = {

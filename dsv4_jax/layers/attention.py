@@ -87,7 +87,7 @@ class Attention(nnx.Module):
             rounded = options.policy("attn_input", x)
             qr = rms_norm(dense(rounded, self.wq_a[...]), self.q_norm[...], c.rms_norm_eps)
             qr = options.policy("attn_input", qr)
-            q = dense(qr, self.wq_b[...]).reshape(*x.shape[:2], c.num_attention_heads, c.head_dim)
+            q = dense(qr, self.wq_b[...]).reshape(*x.shape[:2], -1, c.head_dim)  # the heads that this device has
             q = rotate(rms_norm(q, None, c.rms_norm_eps), head_rope)
         with jax.named_scope("window"):
             kv = rotate(rms_norm(dense(rounded, self.wkv[...]), self.kv_norm[...], c.rms_norm_eps), rope)
@@ -171,7 +171,7 @@ class Attention(nnx.Module):
     def _project(self, out: jax.Array, rope: Rotation, policy: Policy) -> jax.Array:
         """Rotate the heads' outputs [B, S, H, K] back, project each group of heads, then all groups: [B, S, D]."""
         with jax.named_scope("output"):
-            groups, rows = self.config.o_groups, out.shape[0] * out.shape[1]
+            groups, rows = self.wo_a.shape[0], out.shape[0] * out.shape[1]
             # Groups lead: a plain batched product, which every backend has in bfloat16 too. The release rounds the
             # matrices `wo_a`, and not what they multiply.
             grouped = jnp.moveaxis(rotate(out, rope.inverse()).reshape(rows, groups, -1), 1, 0)

@@ -33,12 +33,12 @@ def stated(q, entries, indices):
 
 
 @pytest.mark.parametrize(
-    ("width", "processors", "parts"), [(128, 1, 1), pytest.param(256, 6, 3, marks=pytest.mark.slow)]
+    ("width", "processors", "parts", "heads"), [(128, 1, 1, 24), pytest.param(256, 6, 3, 64, marks=pytest.mark.slow)]
 )
-def test_chosen_entries_whole_and_in_parts(width, processors, parts, interpreter, monkeypatch):
+def test_chosen_entries_whole_and_in_parts(width, processors, parts, heads, interpreter, monkeypatch):
     monkeypatch.setattr(gpu, "PROCESSORS", processors)
     assert gpu.parts_of(2, 3) == parts
-    q, entries, indices = operands(np.random.default_rng(parts), 2, 1, width, 160, 150)
+    q, entries, indices = operands(np.random.default_rng(parts), 2, 1, width, 160, 150, heads)
     out, lse = gpu.forward(q, entries, indices, SCALE, interpreter)
     for name, a, b in zip(("out", "lse"), (out, lse), stated(q, entries, indices), strict=True):
         close(name, a, b)
@@ -46,9 +46,10 @@ def test_chosen_entries_whole_and_in_parts(width, processors, parts, interpreter
 
 
 @pytest.mark.slow
-def test_gradients_of_queries_and_entries(interpreter):
+@pytest.mark.parametrize("heads", [128, 24])
+def test_gradients_of_queries_and_entries(heads, interpreter):
     rng = np.random.default_rng(5)
-    q, entries, indices = operands(rng, 2, 2, 128, 80, 70, heads=128)
+    q, entries, indices = operands(rng, 2, 2, 128, 80, 70, heads)
     d_out = jnp.asarray(rng.normal(size=q.shape), jnp.bfloat16)
     d_lse = jnp.asarray(rng.normal(size=q.shape[:3]), jnp.float32).at[0, 0].set(0)  # which chose nothing
     (out, lse), pull = jax.vjp(lambda *x: stated(*x, indices), q, entries)
@@ -121,7 +122,8 @@ def test_only_what_the_kernel_can_multiply_and_only_on_hopper(monkeypatch):
         assert not gpu.supports(q, entries)  # of which kind is not said, nor how many
     monkeypatch.setattr(gpu, "is_hopper", lambda: True)
     assert gpu.supports(q, entries)
-    assert not gpu.supports(shape(1, 8, 16, 512), entries)
+    assert gpu.supports(shape(1, 8, 16, 512), entries)  # beside zeros
+    assert not gpu.supports(shape(1, 8, 12, 512), entries)
     assert not gpu.supports(shape(1, 8, 64, 576), shape(1, 99, 576))
     assert not gpu.supports(q, jax.ShapeDtypeStruct(entries.shape, jnp.float32))
 

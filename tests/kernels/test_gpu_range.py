@@ -78,13 +78,14 @@ def check_gradients(rng, q, entries, bounds, band, interpreter):
     length=st.integers(2, 3),
     entries=st.integers(1, 300),
     processors=st.sampled_from([1, 12]),
+    heads=st.sampled_from([24, 64]),
     seed=st.integers(0, 99),
 )
-def test_ranges_whole_and_in_parts(batch, length, entries, processors, seed, interpreter):
+def test_ranges_whole_and_in_parts(batch, length, entries, processors, heads, seed, interpreter):
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "PROCESSORS", processors)
-        q, keys = operands(rng, batch, length, entries)
+        q, keys = operands(rng, batch, length, entries, heads=heads)
         check_forward(q, keys, random_bounds(rng, batch, length, entries), DENSE, interpreter)
 
 
@@ -95,13 +96,14 @@ def test_ranges_whole_and_in_parts(batch, length, entries, processors, seed, int
     length=st.integers(2, 12),
     entries=st.integers(1, 140),
     processors=st.sampled_from([1, 12]),
+    heads=st.sampled_from([24, 64]),
     seed=st.integers(0, 99),
 )
-def test_gradients_of_ranges(batch, length, entries, processors, seed, interpreter):
+def test_gradients_of_ranges(batch, length, entries, processors, heads, seed, interpreter):
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "PROCESSORS", processors)
-        q, keys = operands(rng, batch, length, entries)
+        q, keys = operands(rng, batch, length, entries, heads=heads)
         check_gradients(rng, q, keys, random_bounds(rng, batch, length, entries), DENSE, interpreter)
 
 

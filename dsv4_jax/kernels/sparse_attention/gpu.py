@@ -30,6 +30,7 @@ ROWS = 64  # of a product: heads, or entries of a tile
 ROTARY = 64  # dims in BF16 beside FP8
 PROCESSORS = 132  # of an H100 or H200, a B200 has 148; a program fills one
 BACKWARD_QUERIES = 64  # of a sequence, whose entries' gradients, [k, K] float32 each, exist at once
+FEWEST = 16  # heads; those that are missing in a product are zeros
 WIDEST = 512  # columns: of 64 rows, half of them fill the registers of a warpgroup
 
 
@@ -40,7 +41,7 @@ def supports(q: jax.Array, entries: jax.Array) -> bool:
 
 def _supports_queries(q: jax.Array) -> bool:
     *_, heads, width = q.shape
-    shaped = heads % ROWS == 0 and width % (2 * ROWS) == 0 and width <= WIDEST
+    shaped = heads >= FEWEST and width % (2 * ROWS) == 0 and width <= WIDEST
     return shaped and q.dtype == jnp.bfloat16 and (is_hopper() or is_blackwell())
 
 
@@ -48,7 +49,7 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
     """Query t of q [B, S, H, K] attends the entries `indices[t]` of [B, T, K]; indices [B, S, k], -1 is unused.
 
     Args:
-        q: queries in BF16; H a multiple of 64, K of 128 and at most 512.
+        q: queries in BF16; 16 heads or more, K a multiple of 128 and at most 512.
         entries: shared by the heads.
         indices: int32.
         scale: factor of the scores.
@@ -78,9 +79,10 @@ def backward(
     from dsv4_jax.kernels.sparse_attention.gpu_backward import d_queries, d_rows, sum_by_row
     from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen
 
+    heads, (batch, count, width) = q.shape[2], entries.shape
+    q, out, lse, d_out, d_lse = in_products(q, out, lse, d_out, d_lse)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    batch, count, width = entries.shape
     first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * count
     rows, index = entries.reshape(-1, width), jnp.where(indices >= 0, indices + first, -1)
 
@@ -94,7 +96,7 @@ def backward(
     by_head, chunk = (q, d_out.astype(q.dtype), lse, delta), min(BACKWARD_QUERIES, q.shape[1])
     parts = *split(by_head, chunk), split(index, chunk, fill=-1)
     d_entries, d_q = jax.lax.scan(one, jnp.zeros(rows.shape, jnp.float32), parts)
-    return join(d_q, q.shape[1]), d_entries.reshape(entries.shape).astype(entries.dtype)
+    return join(d_q, q.shape[1])[:, :, :heads], d_entries.reshape(entries.shape).astype(entries.dtype)
 
 
 def supports_pages(q: jax.Array, pages: Pages) -> bool:
@@ -138,12 +140,14 @@ def attend_parts(
     else:
         from dsv4_jax.kernels.sparse_attention.gpu_forward import attend
 
+    given = q.shape[2]
+    (q,) = in_products(q)
     heads, width = q.shape[2:]
     dtype = q.dtype if parts == 1 else jnp.float32
     out, lse = attend(q.reshape(-1, heads, width), stored, choice, scale, dtype, interpret)
     if parts > 1:
         out, lse = merge_parts(out.reshape(-1, parts, heads, width), lse.reshape(-1, parts, heads))
-    return out.astype(q.dtype).reshape(q.shape), lse.reshape(q.shape[:-1])
+    return out.astype(q.dtype).reshape(q.shape)[:, :, :given], lse.reshape(q.shape[:-1])[:, :, :given]
 
 
 def programs_of(q: jax.Array) -> int:
@@ -151,7 +155,13 @@ def programs_of(q: jax.Array) -> int:
     *_, heads, width = q.shape
     if is_blackwell():
         return 2 * (q.size // (heads * width)) * -(-heads // (2 * ROWS))
-    return q.size // (ROWS * width)
+    return q.size // (heads * width) * -(-heads // ROWS)
+
+
+def in_products(*by_head: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [B, S, H, ..] with zeros for the heads that are missing in a product of 64; they change no other head."""
+    more = -by_head[0].shape[2] % ROWS
+    return tuple(jnp.pad(x, ((0, 0), (0, 0), (0, more), *((0, 0),) * (x.ndim - 3))) for x in by_head)
 
 
 def parts_of(programs: int, tiles: int) -> int:

@@ -32,7 +32,7 @@ def forward(
     """Query t of q [B, S, H, K] attends the entries lo_t <= i < hi_t of [B, T, K]; bounds [B, S, 2] are lo, hi.
 
     Args:
-        q: queries in BF16; H a multiple of 64, K of 128 and at most 512.
+        q: queries in BF16; 16 heads or more, K a multiple of 128 and at most 512.
         entries: BF16, shared by the heads.
         bounds: int32; lo == hi where a query sees nothing.
         scale: factor of the scores.
@@ -81,7 +81,9 @@ def backward(
     from dsv4_jax.kernels.sparse_attention.gpu_range_backward import d_entries
 
     del band  # The bounds themselves say which tiles are visited.
-    heads, (count, width) = q.shape[2], entries.shape[1:]
+    given, (count, width) = q.shape[2], entries.shape[1:]
+    q, out, lse, d_out, d_lse = gpu.in_products(q, out, lse, d_out, d_lse)
+    heads = q.shape[2]
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
     flat = q.reshape(-1, heads, width), d_out.astype(q.dtype).reshape(-1, heads, width)
@@ -90,7 +92,7 @@ def backward(
     run = _runs(_in_rows(bounds, count), 1, *_one_block(rows))
     d_q = d_queries(*of_queries, rows, run, scale, interpret)
     d_rows = d_entries(*of_queries, rows, run, queries_seeing(bounds, count), scale, interpret)
-    return d_q.reshape(q.shape), d_rows[:, :count].astype(entries.dtype)
+    return d_q.reshape(q.shape)[:, :, :given], d_rows[:, :count].astype(entries.dtype)
 
 
 def _attend_stored(

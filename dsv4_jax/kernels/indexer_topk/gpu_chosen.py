@@ -1,0 +1,336 @@
+"""Sums over heads at chosen entries, and the gradients of index scores there, on a GPU (see `gpu_loss.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv4_jax.kernels.sparse_attention.gpu_fetch import ENTRIES, TILED, fetch, wait_for_copies
+from dsv4_jax.kernels.sparse_attention.gpu_tiles import (
+    OVER_COLUMNS,
+    OVER_ROWS,
+    ROWS,
+    TILED_FLOATS,
+    add_product,
+    full,
+    load,
+    over_columns,
+    over_rows,
+    product,
+    transposed,
+)
+
+FETCHER = 2  # the warpgroup beside the two that compute
+MEMORY = 224 << 10  # bytes of shared memory for queries and rows; a program may have 227 KiB
+MOST_SLOTS = 8
+GRADIENT_SLOTS = 4
+
+Function = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Gradients(NamedTuple):
+    """Of queries [N, 64, di] and weights [N, 64], and of each query's rows [N, tiles, 64, di] float32."""
+
+    queries: jax.Array
+    weights: jax.Array
+    rows: jax.Array
+
+
+def masses(
+    q: jax.Array, entries: jax.Array, lse: jax.Array, tiles: jax.Array, used: jax.Array, scale: float, interpret: Any
+) -> jax.Array:
+    """`sum_h exp(scale * q_h . e_i - lse_h)`; the arguments are those of `_sums`."""
+    factor = math.log2(math.e)
+    weight = lambda x, lse: jnp.exp2(x * (scale * factor) - lse)  # noqa: E731
+    return _sums("attention_mass", weight, q, entries, lse * factor, tiles, used, interpret)
+
+
+def scores(
+    q: jax.Array, keys: jax.Array, weights: jax.Array, tiles: jax.Array, used: jax.Array, interpret: Any
+) -> jax.Array:
+    """`sum_h w_h * relu(q_h . k_i)`; the arguments are those of `_sums`."""
+    weighted = lambda x, weight: jnp.maximum(x, 0.0) * weight  # noqa: E731
+    return _sums("chosen_index_scores", weighted, q, keys, weights, tiles, used, interpret)
+
+
+def _sums(
+    name: str,
+    function: Function,
+    q: jax.Array,
+    rows: jax.Array,
+    numbers: jax.Array,
+    tiles: jax.Array,
+    used: jax.Array,
+    interpret: Any,
+) -> jax.Array:
+    """`sum_h function(q_h . row_i, number_h)` of each query's rows.
+
+    Args:
+        name: of the kernel.
+        function: of products [64 rows, heads] and the heads' numbers, over the same columns.
+        q: [N, H, K] BF16; H a multiple of 64, K of 128.
+        rows: [R, K] BF16.
+        numbers: one for each head [N, H].
+        tiles: which rows, int32 [N, tiles, 64]; negative is unused.
+        used: how many tiles of each query to look at, int32 [N].
+        interpret: see `gpu_loss.forward`.
+
+    Returns:
+        [N, tiles * 64] float32; any number where unused.
+    """
+    (count, heads, width), length = q.shape, tiles.shape[1]
+    columns = ROWS * (2 if heads % (2 * ROWS) == 0 else 1)
+    part = 256 if width % 256 == 0 else 128
+    parts, groups = width // part, heads // columns
+    slots = min((MEMORY // 2 - columns * width) // (ENTRIES * part), MOST_SLOTS)
+    pieces = jnp.arange(parts, dtype=jnp.int32)[:, None]
+    pieces = jnp.where(tiles[:, :, None] >= 0, tiles[:, :, None] * parts + pieces, -1)
+    by_group = plgpu.kernel(
+        partial(_add_up, function=function, interpret=interpret),
+        out_type=jax.ShapeDtypeStruct((count, groups, length, ENTRIES), jnp.float32),
+        grid=(count * groups,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((parts, columns, part), q.dtype, transforms=TILED),
+            plgpu.SMEM((slots, 1, ENTRIES, part), q.dtype, transforms=TILED),
+            plgpu.SMEM((2, ENTRIES), jnp.float32),
+            plgpu.Barrier(num_arrivals=parts),
+            plgpu.Barrier(num_barriers=-(-slots // (2 * parts)) * 2 * parts),
+            plgpu.Barrier(num_barriers=slots),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret or None,
+        kernel_name=name,
+    )(
+        q.reshape(count, groups, columns, parts, part),
+        rows.reshape(-1, part),
+        numbers.astype(jnp.float32).reshape(count, groups, columns),
+        pieces.reshape(count, length * parts, ENTRIES),
+        used,
+    )
+    return by_group.sum(1).reshape(count, -1)
+
+
+def _add_up(
+    q_ref, rows_ref, numbers_ref, pieces_ref, used_ref, sums_ref,
+    q, slots, sums, q_here, arrived, free, *, function, interpret,
+):  # fmt: skip
+    """Up to 128 heads of a query, over its tiles.
+
+    Rows of a product are 64 entries, columns the heads, so that the sum over heads is along rows, within four threads.
+    A tile comes in pieces of its columns. The two computing warpgroups take tiles in turns: one multiplies while the
+    other one adds up. A piece's barrier is never the other warpgroup's, so that each sees all phases of its own.
+    """
+    program, me = lax.axis_index("program"), lax.axis_index("warpgroup")
+    (parts, *_), groups = q.shape, numbers_ref.shape[1]
+    query, group = lax.div(program, groups), lax.rem(program, groups)
+    count = used_ref[query]
+
+    @pl.when(me == FETCHER)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        for part in range(parts):
+            plgpu.copy_gmem_to_smem(q_ref.at[query, group, :, part], q.at[part], q_here)
+        _bring(rows_ref, pieces_ref.at[query], count * parts, slots, arrived, free, interpret)
+
+    @pl.when(me < FETCHER)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        numbers = load(numbers_ref.at[query, group], OVER_ROWS, interpret)
+        plgpu.barrier_wait(q_here)
+
+        def multiplied(piece, part, total):
+            slot = lax.rem(piece, slots.shape[0])
+            plgpu.barrier_wait(arrived.at[lax.rem(piece, arrived.shape[0])])
+            rows, heads = slots.at[slot, 0], transposed(q.at[part], interpret)
+            total = add_product(total, rows, heads, interpret) if part else product(rows, heads, interpret)
+            plgpu.barrier_arrive(free.at[slot])
+            return total
+
+        def step(i, _):
+            tile, total = 2 * i + me, None
+            for part in range(parts):
+                total = multiplied(tile * parts + part, part, total)
+            added = function(total, over_rows(numbers, total)).sum(axis=1)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            sums[me] = added
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(sums.at[me], sums_ref.at[query, group, tile])
+            return _
+
+        lax.fori_loop(0, lax.div(count + 1 - me, 2), step, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def gradients(
+    q: jax.Array,
+    keys: jax.Array,
+    weights: jax.Array,
+    tiles: jax.Array,
+    used: jax.Array,
+    d_scores: jax.Array,
+    interpret: Any,
+) -> Gradients:
+    """Gradients of `scores`, those of the keys as rows.
+
+    Args:
+        q: [N, 64, di] BF16.
+        keys: [R, di] BF16.
+        weights: [N, 64].
+        tiles: which keys, as of `_sums`.
+        used: as of `_sums`.
+        d_scores: [N, tiles, 64] float32, zero where unused.
+        interpret: see `gpu_loss.forward`.
+
+    Returns:
+        In q's dtype, float32 and float32. Nothing is written to the rows of tiles that are not looked at.
+    """
+    (count, heads, width), length = q.shape, tiles.shape[1]
+    found = plgpu.kernel(
+        partial(_gradients, interpret=interpret),
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((count, heads), jnp.float32),
+            jax.ShapeDtypeStruct((count, length, ENTRIES, width), jnp.float32),
+        ],
+        grid=(count,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[
+            plgpu.SMEM((heads, width), q.dtype, transforms=TILED),
+            plgpu.SMEM((GRADIENT_SLOTS, 1, ENTRIES, width), q.dtype, transforms=TILED),
+            plgpu.SMEM((ENTRIES, width), jnp.float32, transforms=TILED_FLOATS),
+            plgpu.SMEM((heads,), jnp.float32),
+            plgpu.Barrier(num_barriers=1),
+            plgpu.Barrier(num_barriers=GRADIENT_SLOTS),
+            plgpu.Barrier(num_arrivals=2, num_barriers=GRADIENT_SLOTS),
+        ],
+        compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+        interpret=interpret or None,
+        kernel_name="chosen_index_gradients",
+    )(q, keys, weights.astype(jnp.float32), tiles, used, d_scores)
+    return Gradients(*found)
+
+
+def _gradients(
+    q_ref, keys_ref, weights_ref, tiles_ref, used_ref, d_scores_ref, d_q_ref, d_weights_ref, d_rows_ref,
+    q, slots, d_rows, d_weights, q_here, arrived, free, *, interpret,
+):  # fmt: skip
+    """One query, over its tiles.
+
+    One computing warpgroup has the heads as rows of its products, and adds up the gradients of queries and weights over
+    tiles. The other one has the keys as rows, and sends theirs to memory. Both multiply queries with keys: to turn the
+    result around in shared memory would make one wait for the other. What all terms of a sum share, a head's weight
+    there and a key's cotangent here, multiplies the sum, in float32.
+    """
+    query, me = lax.axis_index("program"), lax.axis_index("warpgroup")
+    count = used_ref[query]
+
+    def over_tiles(of_tile, start):
+        """`of_tile(i, keys, free_slot, carry)` for each tile, whose keys are in shared memory until `free_slot()`."""
+        plgpu.set_max_registers(232, action="increase")
+        plgpu.barrier_wait(q_here)
+
+        def step(i, carry):
+            slot = lax.rem(i, GRADIENT_SLOTS)
+            plgpu.barrier_wait(arrived.at[slot])
+            return of_tile(i, slots.at[slot, 0], lambda: plgpu.barrier_arrive(free.at[slot]), carry)
+
+        return lax.fori_loop(0, count, step, start)
+
+    @pl.when(me == FETCHER)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        plgpu.copy_gmem_to_smem(q_ref.at[query], q, q_here)
+        _bring(keys_ref, tiles_ref.at[query], count, slots, arrived, free, interpret)
+
+    @pl.when(me == 0)
+    def _():
+        def of_tile(i, keys, free_slot, carry):
+            d_q, d_w = carry
+            products = product(q, transposed(keys, interpret), interpret)
+            d_scores = over_rows(load(d_scores_ref.at[query, i], OVER_ROWS, interpret), products)
+            d_w = d_w + (jnp.maximum(products, 0.0) * d_scores).sum(axis=1)
+            passed = jnp.where(products > 0, d_scores, 0.0).astype(q.dtype)
+            d_q = add_product(d_q, passed, keys, interpret)
+            free_slot()
+            return d_q, d_w
+
+        start = (
+            full(q.shape, 0.0, plgpu.Layout.WGMMA, interpret),
+            full((ROWS,), 0.0, OVER_COLUMNS, interpret),
+        )
+        d_q, d_w = over_tiles(of_tile, start)
+        weights = load(weights_ref.at[query], OVER_COLUMNS, interpret)
+        d_q_ref[query] = (d_q * over_columns(weights, d_q)).astype(q.dtype)
+        d_weights[...] = d_w
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(d_weights, d_weights_ref.at[query])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(me == 1)
+    def _():
+        weights = load(weights_ref.at[query], OVER_ROWS, interpret)
+
+        def of_tile(i, keys, free_slot, _):
+            products = product(keys, transposed(q, interpret), interpret)
+            free_slot()
+            passed = jnp.where(products > 0, over_rows(weights, products), 0.0).astype(q.dtype)
+            d_keys = add_product(full(d_rows.shape, 0.0, plgpu.Layout.WGMMA, interpret), passed, q, interpret)
+            d_scores = load(d_scores_ref.at[query, i], OVER_COLUMNS, interpret)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            d_rows[...] = d_keys * over_columns(d_scores, d_keys)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(d_rows, d_rows_ref.at[query, i])
+            return _
+
+        over_tiles(of_tile, None)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _bring(rows_ref, index_ref, count, slots, arrived, free, interpret):
+    """What the copying warpgroup does: 64 rows `index_ref[i]` for each i < count into slots in turns.
+
+    While one slot is read and another one is free for the next rows, copies into the others are on their way.
+
+    Args:
+        rows_ref: [R, n] in global memory.
+        index_ref: int32 [.., 64] in global memory; negative is zeros.
+        count: how many times 64.
+        slots: [slots, 1, 64, n] in shared memory.
+        arrived: as many barriers as slots or more, in turns.
+        free: a barrier for each slot.
+        interpret: see `gpu_loss.forward`.
+    """
+    number, ahead = slots.shape[0], slots.shape[0] - 2
+
+    def arrives(i, _=None):
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(arrived.at[lax.rem(i, arrived.shape[0])])
+        return _
+
+    def wait_until_free(i, _=None):
+        plgpu.barrier_wait(free.at[lax.rem(i, number)])
+        return _
+
+    def step(i, _):
+        pl.when(i >= number)(lambda: wait_until_free(i))
+        fetch((rows_ref,), index_ref.at[i], slots.at[lax.rem(i, number)], interpret, later=ahead)
+        pl.when(i >= ahead)(lambda: arrives(i - ahead))
+        return _
+
+    lax.fori_loop(0, count, step, None)
+    wait_for_copies(interpret)
+    lax.fori_loop(jnp.maximum(count - ahead, 0), count, arrives, None)
+    lax.fori_loop(jnp.maximum(count - number, 0), count, wait_until_free, None)

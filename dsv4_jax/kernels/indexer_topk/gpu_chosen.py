@@ -132,7 +132,7 @@ def _add_up(
     other one adds up. A piece's barrier is never the other warpgroup's, so that each sees all phases of its own.
     """
     program, me = lax.axis_index("program"), lax.axis_index("warpgroup")
-    (parts, *_), groups = q.shape, numbers_ref.shape[1]
+    parts, groups = q.shape[0], numbers_ref.shape[1]
     query, group = lax.div(program, groups), lax.rem(program, groups)
     count = used_ref[query]
 
@@ -158,8 +158,9 @@ def _add_up(
             return total
 
         def step(i, _):
-            tile, total = 2 * i + me, None
-            for part in range(parts):
+            tile = 2 * i + me
+            total = multiplied(tile * parts, 0, None)
+            for part in range(1, parts):
                 total = multiplied(tile * parts + part, part, total)
             added = function(total, over_rows(numbers, total)).sum(axis=1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

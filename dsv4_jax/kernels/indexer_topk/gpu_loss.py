@@ -1,7 +1,8 @@
 """What the indexer's loss takes over chosen entries, on NVIDIA GPUs with warpgroup products (Hopper).
 
 Attention mass and index scores are both sums over heads of a function of products, `f(q_h . e_i)`: one kernel has both,
-each with its own queries, rows and function. Another kernel has the gradients of the scores. See `gpu_chosen.py`.
+each with its own queries, rows and function (`gpu_chosen.py`). Another kernel has the gradients of the scores
+(`gpu_chosen_backward.py`).
 
 The kernels are imported where they are traced: not every jaxlib has Mosaic GPU.
 """
@@ -82,7 +83,7 @@ def backward(
     Returns:
         Gradients of queries, keys and weights, in their shapes and dtypes.
     """
-    from dsv4_jax.kernels.indexer_topk.gpu_chosen import gradients
+    from dsv4_jax.kernels.indexer_topk.gpu_chosen_backward import gradients
     from dsv4_jax.kernels.sparse_attention.gpu_backward import sum_by_row
 
     queries, keys, weights = operands

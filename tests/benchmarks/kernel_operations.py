@@ -39,6 +39,7 @@ def operations(config: DeepseekV4Config, context: int, queries: int, rows: int, 
     yield from _attention("all HCA entries, prefill", "range", config, hca, queries, draw)
     yield from _window(config, queries, draw)
     yield _index(config, csa, queries, draw)
+    yield from _index_loss(config, csa, queries, draw)
     yield _paged_attention("sparse, decode", "gather", config, csa, rows, draw)
     yield _paged_attention("all HCA entries, decode", "range", config, hca, rows, draw)
     yield _paged_index(config, csa, rows, draw)
@@ -131,6 +132,33 @@ def _index(config: DeepseekV4Config, entries: int, queries: int, draw: Draw) -> 
     moved = float(operands.queries.nbytes + operands.keys.nbytes + 4 * queries * min(k, entries))
     check = lambda found: _lost(found[:, part], scores)  # noqa: E731
     return Operation("index scores and top-k, prefill", (operands, lo, hi), run, flops, moved, check)
+
+
+def _index_loss(config: DeepseekV4Config, entries: int, queries: int, draw: Draw) -> Iterator[Operation]:
+    heads, width, scale = config.num_attention_heads, config.head_dim, config.head_dim**-0.5
+    index_heads, index_width = config.index_n_heads, config.index_head_dim
+    operands = IndexOperands(
+        draw(1, queries, index_heads, index_width),
+        draw(1, entries, index_width),
+        draw(1, queries, index_heads, scale=0.1 / index_width).astype(jnp.float32),
+    )
+    q, kv, lse = draw(1, queries, heads, width), draw(1, entries, width), draw(1, queries, heads).astype(jnp.float32)
+    choice = draw.choices(1, queries, entries, config.index_topk)
+    given, part = (operands, q, kv, lse, choice), _some(queries)
+    loss = lambda *given: indexer_topk.index_loss(*given, scale, 0).kl  # noqa: E731
+    kl, d_queries, d_weights = _exact_loss(given, part, scale)
+    products, index_products = (2.0 * choice.size * n for n in (heads * width, index_heads * index_width))
+    size = q.dtype.itemsize
+    moved = float(size * (q.size + operands.queries.size + choice.size * (width + index_width)))
+    check = lambda found: error(found[:, part], kl)  # noqa: E731
+    yield Operation("index loss, forward", given, loss, products + index_products, moved, check)
+
+    gradient = jax.grad(lambda *given: loss(*given).sum())
+    check = lambda found: max(error(found[0][:, part], d_queries), error(found[2][:, part], d_weights))  # noqa: E731
+    flops, moved = products + 4 * index_products, moved + size * (2 * operands.queries.size + choice.size * index_width)
+    tolerance = {"float32": 1e-3, "bfloat16": 6e-2}
+    name = "index loss, forward and backward"
+    yield Operation(name, given, gradient, flops, moved, check, tolerance=tolerance)
 
 
 def _paged_attention(
@@ -226,6 +254,24 @@ def _exact_gradients(
 def _exact_scores(queries: jax.Array, keys: jax.Array, weights: jax.Array) -> np.ndarray:
     products = np.maximum(np.einsum("bqhd,bnd->bqhn", wide(queries), wide(keys)), 0)
     return np.einsum("bqhn,bqh->bqn", products, wide(weights))
+
+
+def _exact_loss(given: tuple[Any, ...], part: slice, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The divergence of these queries and its gradients by index queries and weights, in float64."""
+    operands, q, kv, lse, choice = given
+    chosen = np.asarray(choice)[:, part]
+    at = np.arange(len(chosen))[:, None, None], chosen
+    logits = scale * np.einsum("bqhk,bqnk->bqhn", wide(q[:, part]), wide(kv)[at])
+    p = np.exp(logits - wide(lse[:, part])[..., None]).sum(2)
+    p /= p.sum(-1, keepdims=True)
+    keys, weights = wide(operands.keys)[at], wide(operands.weights[:, part])
+    products = np.einsum("bqhd,bqnd->bqhn", wide(operands.queries[:, part]), keys)
+    scores = np.einsum("bqhn,bqh->bqn", np.maximum(products, 0), weights)
+    scores -= scores.max(-1, keepdims=True)
+    log_q = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    d_scores = (np.exp(log_q) - p)[:, :, None]
+    d_queries = np.einsum("bqhn,bqnd->bqhd", (products > 0) * d_scores, keys) * weights[..., None]
+    return (p * (np.log(p) - log_q)).sum(-1), d_queries, (np.maximum(products, 0) * d_scores).sum(-1)
 
 
 def _lost(chosen: Any, scores: np.ndarray) -> float:

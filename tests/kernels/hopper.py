@@ -31,12 +31,13 @@ def sorted_choice(numbers, lo, hi, k):
     return choice
 
 
-def unswizzled(shared, width):
+def unswizzled(shared, width, sides=2):
     """A tile's bytes as [64, K] BF16: the 128-byte swizzle xors bits 4 to 6 of an address with bits 7 to 9."""
     address = np.arange(shared.size)
     plain = np.empty_like(shared)
     plain[address ^ (address >> 7 & 7) << 4] = shared
-    blocks = plain.view(ml_dtypes.bfloat16).reshape(2, 8, width // 128, 8, 64)  # half, rows / 8, columns / 64, 8, 64
+    across = width // (64 * sides)
+    blocks = plain.view(ml_dtypes.bfloat16).reshape(sides, 8, across, 8, 64)  # side, rows / 8, columns / 64, 8, 64
     return blocks.transpose(1, 3, 0, 2, 4).reshape(64, width)
 
 

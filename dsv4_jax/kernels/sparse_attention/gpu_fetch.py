@@ -1,8 +1,9 @@
 """Fetching entries, chosen ones or a run, into shared memory on a GPU: the PTX of one thread, and what it means.
 
 A tile is 64 entries in shared memory, [2, 64, K / 2]: the columns of an entry in two halves, one for each warpgroup
-that computes. It lies in blocks of 8 rows x 128 bytes, along the columns of a half first, then down its rows. Within a
-block, the 16 bytes at place p of row r are at place p ^ (r % 8): products of warpgroups read such blocks.
+that computes. Or it is whole, [1, 64, K]. It lies in blocks of 8 rows x 128 bytes, along the columns of a half first,
+then down its rows. Within a block, the 16 bytes at place p of row r are at place p ^ (r % 8): products of warpgroups
+read such blocks.
 
 For Hopper Pallas has no asynchronous copy of chosen rows into such blocks, and its copies of many rows begin at a
 multiple of 8, so the copies are written in PTX. Eight threads take the 128 bytes of a block's row, 16 bytes each, and a
@@ -26,6 +27,7 @@ ENTRIES = 64  # of a tile
 COLUMNS = 64  # of BF16 numbers in the 128 bytes of a block's row
 BLOCK = 1024  # bytes
 TILED = plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128)
+WAIT = "cp.async.wait_all;"
 REGISTERS = """.reg .b32 thread, row, place, to, more, after, chosen, bytes, scale, halves, word<2>, out<4>;
 .reg .b16 pair<2>, half<2>;
 .reg .f32 factor, first, second;
@@ -33,24 +35,32 @@ REGISTERS = """.reg .b32 thread, row, place, to, more, after, chosen, bytes, sca
 .reg .pred seen;"""
 
 
-def fetch(stored: tuple[Any, ...], index: Any, tile: Any, interpret: Any) -> None:
+def fetch(stored: tuple[Any, ...], index: Any, tile: Any, interpret: Any, later: int = 0) -> None:
     """Entries `index` [64] into `tile` [2, 64, K / 2]; zeros where the index is negative.
 
-    A whole warpgroup calls it. On return the copies that each of its threads asked for have arrived.
+    A whole warpgroup calls it. On return the copies that each of its threads asked for have arrived, but for those of
+    the `later` last calls; `wait_for_copies` waits for these too.
 
     Args:
         stored: references to [R, K] BF16 or its bits; or to FP8 numbers [R, K - 64], their scales and 64 BF16 numbers,
             as `Fp8WithRope` stores them.
         index: int32 in global memory.
-        tile: in shared memory.
+        tile: in shared memory; with BF16 entries also [1, 64, K].
         interpret: do what the PTX does in plain arrays; Pallas' interpreter runs none.
+        later: how many calls, this one included, may still be on their way.
     """
     if interpret:
         _copy_rows(stored, index[...], tile)
         return
     types = *(plgpu.RefType() for _ in stored), plgpu.RefType(), plgpu.RefType(TILED)
 
-    plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: _assemble(refs))(*stored, index, tile)
+    plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: _assemble(refs, later=later))(*stored, index, tile)
+
+
+def wait_for_copies(interpret: Any) -> None:
+    """Returns when all copies that each thread asked for have arrived."""
+    if not interpret:
+        plgpu.inline_mgpu()(lambda _: _inline(WAIT, [], []))()
 
 
 def fetch_run(
@@ -87,7 +97,7 @@ def fetch_run(
 def _copy_rows(stored: tuple[Any, ...], index: jax.Array, tile: Any) -> None:
     entries = _decoded([ref[...] for ref in stored])
     chosen = jnp.where((index >= 0)[:, None], entries[jnp.maximum(index, 0)], jnp.zeros((), jnp.bfloat16))
-    tile[...] = jnp.moveaxis(chosen.reshape(ENTRIES, 2, -1), 1, 0)
+    tile[...] = jnp.moveaxis(chosen.reshape(ENTRIES, tile.shape[0], -1), 1, 0)
 
 
 def _decoded(arrays: list[jax.Array]) -> jax.Array:
@@ -98,21 +108,27 @@ def _decoded(arrays: list[jax.Array]) -> jax.Array:
     return storage.decode({"values": values, "scales": scales, "rope": rope}, jnp.bfloat16)
 
 
-def _assemble(refs: Any, per_block: int | None = None, run: Any = ()) -> None:
+def _assemble(refs: Any, per_block: int | None = None, run: Any = (), later: int = 0) -> None:
     *stored, index, tile = refs
-    widths = [ir.MemRefType(ref.type).shape[1] for ref in stored]
-    text = plain_ptx(widths[0], per_block) if len(stored) == 1 else fp8_ptx(widths[0], per_block)
+    width, sides = ir.MemRefType(stored[0].type).shape[1], ir.MemRefType(tile.type).shape[0]
+    text = plain_ptx(width, per_block, sides, later) if len(stored) == 1 else fp8_ptx(width, per_block)
     operands = [*map(mosaic.memref_ptr, (tile, index)), mosaic.thread_idx(), *map(mosaic.memref_ptr, stored), *run]
-    constraints = ",".join(["r", "l", "r", *("l" for _ in stored), *("r" for _ in run), "~{memory}"])
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, text, constraints, has_side_effects=True)
+    _inline(text, operands, ["r", "l", "r", *("l" for _ in stored), *("r" for _ in run)])
 
 
-def plain_ptx(width: int, per_block: int | None = None) -> str:
+def _inline(text: str, operands: list[Any], constraints: list[str]) -> None:
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, operands, text, ",".join([*constraints, "~{memory}"]), has_side_effects=True)
+
+
+def plain_ptx(width: int, per_block: int | None = None, sides: int = 2, later: int = 0) -> str:
     """PTX of one thread, for BF16 entries of `width` numbers: $0 tile, $1 index, $2 thread, $3 entries.
 
-    With `per_block` entries are a run: $1 the blocks' first rows, $4 the first entry, $5 the end.
+    With `per_block` entries are a run: $1 the blocks' first rows, $4 the first entry, $5 the end. The tile has so many
+    `sides`. See `fetch` for `later`.
     """
     lines = width // COLUMNS
+    across = lines // sides
     addresses = ["cvta.to.global.u64 values, $3;", "mad.wide.u32 values, place, 16, values;"]
     copies = [
         part
@@ -120,10 +136,11 @@ def plain_ptx(width: int, per_block: int | None = None) -> str:
         for part in (
             *_choose(first, per_block, "$5"),
             f"mad.wide.u32 from, chosen, {2 * width}, values;",
-            *(_copy(first, line, lines, 128 * line) for line in range(lines)),
+            *(_copy(first, line, across, 128 * line) for line in range(lines)),
         )
     ]
-    return _thread(_index(per_block, "$4") + addresses, lines, copies)
+    wait = f"cp.async.commit_group;\ncp.async.wait_group {later};" if later else WAIT
+    return _thread(_index(per_block, "$4") + addresses, across, copies, wait)
 
 
 def fp8_ptx(width: int, per_block: int | None = None) -> str:
@@ -133,6 +150,7 @@ def fp8_ptx(width: int, per_block: int | None = None) -> str:
     BF16 number, so that nothing is rounded. A scale's byte 0 reads as zero.
     """
     lines, blocks = width // COLUMNS + 1, width // FP8_BLOCK
+    across = lines // 2
     addresses = [
         "cvta.to.global.u64 values, $3;",
         "mad.wide.u32 values, place, 8, values;",
@@ -146,15 +164,18 @@ def fp8_ptx(width: int, per_block: int | None = None) -> str:
         for part in (
             *_choose(first, per_block, "$7"),
             f"mad.wide.u32 from, chosen, {2 * COLUMNS}, rope;",
-            _copy(first, lines - 1, lines, 0),
-            *(part for block in range(blocks) for part in _decode(first, block, blocks, lines)),
+            _copy(first, lines - 1, across, 0),
+            *(part for block in range(blocks) for part in _decode(first, block, blocks, across)),
         )
     ]
-    return _thread(_index(per_block, "$6") + addresses, lines, copies)
+    return _thread(_index(per_block, "$6") + addresses, across, copies, WAIT)
 
 
-def _thread(addresses: list[str], lines: int, copies: list[str]) -> str:
-    """The whole of a thread: its row and place in a block, `to` where that lies, then the copies."""
+def _thread(addresses: list[str], across: int, copies: list[str], wait: str) -> str:
+    """The whole of a thread: its row and place in a block, `to` where that lies, then the copies.
+
+    Of the columns of a side there are so many blocks `across`.
+    """
     place = [
         "and.b32 thread, $2, 127;",
         "shr.u32 row, thread, 3;",
@@ -162,13 +183,13 @@ def _thread(addresses: list[str], lines: int, copies: list[str]) -> str:
         "cvta.to.global.u64 index, $1;",
         *addresses,
         "shr.u32 more, row, 3;",
-        f"mad.lo.u32 to, more, {BLOCK * lines // 2}, $0;",
+        f"mad.lo.u32 to, more, {BLOCK * across}, $0;",
         "and.b32 more, row, 7;",
         "mad.lo.u32 to, more, 128, to;",
         "xor.b32 place, place, more;",
         "mad.lo.u32 to, place, 16, to;",
     ]
-    return "\n".join(["{", REGISTERS, *place, *copies, "cp.async.wait_all;", "}"])
+    return "\n".join(["{", REGISTERS, *place, *copies, wait, "}"])
 
 
 def _index(per_block: int | None, first: str) -> list[str]:
@@ -199,17 +220,17 @@ def _choose(first: int, per_block: int | None, end: str) -> list[str]:
     ]
 
 
-def _offset(first: int, line: int, lines: int) -> int:
+def _offset(first: int, line: int, across: int) -> int:
     """Of columns 64 * line .. and rows `first` further down than the thread's, which is a multiple of 16."""
-    side, column = divmod(line, lines // 2)
-    return BLOCK * (side * ENTRIES // 8 * lines // 2 + first // 8 * lines // 2 + column)
+    side, column = divmod(line, across)
+    return BLOCK * ((side * ENTRIES // 8 + first // 8) * across + column)
 
 
-def _copy(first: int, line: int, lines: int, start: int) -> str:
-    return f"cp.async.cg.shared.global [to + {_offset(first, line, lines)}], [from + {start}], 16, bytes;"
+def _copy(first: int, line: int, across: int, start: int) -> str:
+    return f"cp.async.cg.shared.global [to + {_offset(first, line, across)}], [from + {start}], 16, bytes;"
 
 
-def _decode(first: int, block: int, blocks: int, lines: int) -> list[str]:
+def _decode(first: int, block: int, blocks: int, across: int) -> list[str]:
     """Eight FP8 numbers of one block times its scale, as BF16."""
     parts = [
         f"mad.wide.u32 from, chosen, {blocks * FP8_BLOCK}, values;",
@@ -232,4 +253,4 @@ def _decode(first: int, block: int, blocks: int, lines: int) -> list[str]:
                 "mul.f32 second, second, factor;",
                 f"cvt.rn.bf16x2.f32 out{2 * word + number}, second, first;",
             ]
-    return [*parts, f"st.shared.v4.b32 [to + {_offset(first, block, lines)}], {{out0, out1, out2, out3}};"]
+    return [*parts, f"st.shared.v4.b32 [to + {_offset(first, block, across)}], {{out0, out1, out2, out3}};"]

@@ -19,9 +19,9 @@ from sharding.partition import MeshPartition
 from sharding.rules import find_strategy
 
 WIDE = TINY.replace(
-    num_attention_heads=64, head_dim=128, qk_rope_head_dim=64, index_n_heads=64, index_head_dim=64, index_topk=4
+    num_attention_heads=64, head_dim=128, qk_rope_head_dim=64, index_n_heads=64, index_head_dim=128, index_topk=4
 )
-NAMES = r"((?:gather|range)_attention(?:_d_queries|_d_entries)?|index_scores|index_best)\n"
+NAMES = r"((?:gather|range)_attention(?:_d_queries|_d_entries)?|index_scores|index_best|attention_mass|chosen_index_\w+)\n"
 
 
 def kernels_of_layers():
@@ -39,8 +39,9 @@ def _names(partition):
         layout = make_layout(WIDE, 2, 24, None)
 
         def loss(weights, x, graph=graph, layout=layout):
-            options = AttentionOptions("sparse", False, NONE)
-            return partition.attention(nnx.merge(graph, weights), x, layout, options, None)[0].astype(float).sum()
+            options = AttentionOptions("sparse", True, NONE)
+            out, record, _ = partition.attention(nnx.merge(graph, weights), x, layout, options, None)
+            return out.astype(float).sum() + (record["index_loss"].kl.sum() if "index_loss" in record else 0.0)
 
         x = jax.ShapeDtypeStruct((2, 24, WIDE.hidden_size), jnp.bfloat16)
         with platforms.compiling_for("cuda"):
@@ -51,5 +52,6 @@ def _names(partition):
 def test_attention_in_a_mesh_takes_the_kernels():
     in_a_mesh, without = on_devices(2, kernels_of_layers)
     branches = {f"{kind}_attention{part}" for kind in ("gather", "range") for part in ("", "_d_queries", "_d_entries")}
-    assert in_a_mesh == branches | {"index_scores", "index_best"}
+    loss = {"attention_mass", "chosen_index_scores", "chosen_index_gradients"}
+    assert in_a_mesh == branches | {"index_scores", "index_best"} | loss
     assert not without

@@ -21,7 +21,8 @@ from sharding.rules import find_strategy
 WIDE = TINY.replace(
     num_attention_heads=64, head_dim=128, qk_rope_head_dim=64, index_n_heads=64, index_head_dim=128, index_topk=4
 )
-NAMES = r"((?:gather|range)_attention(?:_d_queries|_d_entries)?|index_scores|index_best|attention_mass|chosen_index_\w+)\n"
+BRANCHES = r"(?:gather|range)_attention(?:_d_queries|_d_entries)?"
+NAMES = rf"({BRANCHES}|index_scores|index_best|attention_mass|chosen_index_\w+)\n"
 
 
 def kernels_of_layers():

@@ -2,6 +2,8 @@
 
 import pytest
 
+from dsv4_jax.kernels.sparse_attention import tpu_fetch
+
 INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"  # not public in jax 0.10
 
 
@@ -10,3 +12,11 @@ def interpreter():
     """Parameters of the interpreter of Pallas' Mosaic GPU backend."""
     yield pytest.importorskip(f"{INTERPRETER}.params").InterpretGPUParams()
     pytest.importorskip(f"{INTERPRETER}.interpret_pallas_call").reset_gpu_interpret_mode_state()  # as after a failure
+
+
+@pytest.fixture
+def small_fetches(monkeypatch):
+    """Few queries and rows at a time in kernels that fetch rows: few already need several steps, and padding."""
+    for name in ("QUERIES", "BACKWARD_QUERIES", "UNROLL"):
+        monkeypatch.setattr(tpu_fetch, name, 2)
+    monkeypatch.setattr(tpu_fetch, "TILE", 4)

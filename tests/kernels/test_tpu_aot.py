@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from dsv4_jax.kernels import platforms
+from dsv4_jax.kernels.indexer_topk import IndexOperands, tpu_loss
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import InWords
 from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, tpu_pages, window_attention
@@ -66,6 +67,39 @@ def test_kernels_compile_at_the_releases_shapes(branch, entries, kernels, shapes
     results = LENGTH * heads * WIDTH * 2
     chosen = 64 * count * WIDTH * 4 + 3 * entries * WIDTH * 4 if branch is gathered else 2 * entries * WIDTH * 4
     assert program.memory_analysis().temp_size_in_bytes < 3 * results + 1.5 * chosen
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", SLICES)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_the_loss_of_the_indexer_compiles_at_the_releases_shapes(shapes, chip):
+    heads, count = SHAPES[shapes]
+    entries, index_heads, index_width = 1 << 16, 64, 128
+    placed = SingleDeviceSharding(parse_target(SLICES[chip]).devices()[0])
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((1, *shape), dtype, sharding=placed)  # noqa: E731
+    operands = IndexOperands(
+        array(jnp.bfloat16, LENGTH, index_heads, index_width),
+        array(jnp.bfloat16, entries, index_width),
+        array(jnp.float32, LENGTH, index_heads),
+    )
+    q, rows = array(jnp.bfloat16, LENGTH, heads, WIDTH), array(jnp.bfloat16, entries, WIDTH)
+    lse, choice = array(jnp.float32, LENGTH, heads), array(jnp.int32, LENGTH, count)
+
+    def forward(operands, q, rows, lse, choice):
+        return tpu_loss.forward(operands, q, rows, lse, choice, SCALE)
+
+    def memory(function, *args):
+        with platforms.compiling_for("tpu"):
+            program = jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+        assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1
+        return program.memory_analysis().temp_size_in_bytes
+
+    # Words of entries and keys, twice at most, and nothing that grows with queries x entries x heads.
+    assert memory(forward, operands, q, rows, lse, choice) < 2 * entries * 3 * 512
+    # Words of keys, their float32 gradient twice, and the gradients of the entries that a few queries chose.
+    few = 64 * count * index_width * 4
+    backward = memory(tpu_loss.backward, operands, choice, array(jnp.float32, LENGTH, count))
+    assert backward < entries * (512 + 2 * index_width * 4) + 3 * few
 
 
 def decoded(branch, chip, heads, count, pool, queries):

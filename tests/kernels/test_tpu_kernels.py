@@ -28,11 +28,8 @@ def close(name, found, wanted, tolerance):
 
 
 @pytest.fixture
-def small_steps(monkeypatch):
+def small_steps(monkeypatch, small_fetches):
     """Few queries and rows per step, so that few of them already need several steps, and padding."""
-    monkeypatch.setattr(tpu, "QUERIES", 2)
-    monkeypatch.setattr(tpu, "BACKWARD_QUERIES", 2)
-    monkeypatch.setattr(tpu, "UNROLL", 2)
     monkeypatch.setattr(bands, "QUERIES", 2)
     monkeypatch.setattr(rows, "WINDOW_TILE", 4)
 

@@ -1,0 +1,190 @@
+"""What the indexer's loss needs of chosen entries, on a TPU: attention's mass on them, and their index scores.
+
+An entry and its index key have the same number and lie behind one another, so that one DMA per chosen entry brings both
+(`sparse_attention/tpu_fetch.py`). Mass and scores are sums over heads of a product with a query's entries or keys: of
+each entry one number, whatever the others are. Heads are apart only in VMEM.
+
+The backward pass fetches the keys alone and computes their products again. Gradients of a query's chosen keys come out
+as rows, [k, di], and are added up in the order of queries: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv4_jax.kernels.indexer_topk.operands import IndexOperands
+from dsv4_jax.kernels.sparse_attention import tpu, tpu_fetch
+
+
+def supports(operands: IndexOperands, q: jax.Array, entries: jax.Array) -> bool:
+    """Whether the kernels take these operands: BF16 or float32, of one dtype where they are multiplied."""
+    return tpu.supports(q, entries) and tpu.supports(operands.queries, operands.keys)
+
+
+def forward(
+    operands: IndexOperands,
+    q: jax.Array,
+    entries: jax.Array,
+    lse: jax.Array,
+    choice: jax.Array,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """What attention and the indexer think of the entries that each query chose.
+
+    Args:
+        operands: of the index scores, dtypes as `supports` takes them.
+        q: attention queries [B, S, H, K].
+        entries: compressed entries [B, T, K].
+        lse: joint log-sum-exp [B, S, H] of the layer's attention, float32.
+        choice: int32 [B, S, k], -1 is unused.
+        scale: factor of the attention scores.
+        interpret: False on a TPU; `pltpu.InterpretParams()` elsewhere.
+
+    Returns:
+        `sum_h exp(scale * q_h . e - lse_h)` and the index scores of the chosen entries, both [B, S, k] float32, 0 where
+        unused.
+    """
+    words = tpu_fetch.words_of(entries, operands.keys)
+    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries.shape[1], tpu_fetch.TILE)
+    q, queries = (tpu_fetch.whole_steps(x, tpu_fetch.whole_lanes(x.shape[-1])) for x in (q, operands.queries))
+    lse, weights = tpu_fetch.whole_steps(lse), tpu_fetch.whole_steps(operands.weights)
+    (batch, slots), tiles = q.shape[:2], -(-choice.shape[-1] // tpu_fetch.TILE)
+    of_tiles = pl.BlockSpec((1, tiles, tpu_fetch.QUERIES, tpu_fetch.TILE), lambda b, i: (b, 0, i, 0))
+    mass, scores = pl.pallas_call(
+        functools.partial(_compare, scale=scale, interpreted=bool(interpret)),
+        grid=(batch, slots // tpu_fetch.QUERIES),
+        in_specs=[
+            of_rows,
+            *(tpu_fetch.per_query(*x.shape[2:]) for x in (q, lse, queries, weights)),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=[of_tiles] * 2,
+        out_shape=[jax.ShapeDtypeStruct((batch, tiles, slots, tpu_fetch.TILE), jnp.float32)] * 2,
+        scratch_shapes=tpu_fetch.buffers(tiles * tpu_fetch.TILE, words),
+        compiler_params=tpu_fetch.COMPILER,
+        interpret=interpret,
+        name="index_loss",
+    )(chosen, q, lse, queries, weights, words)
+
+    def used(of_tiles):
+        found = of_tiles.swapaxes(1, 2).reshape(batch, slots, -1)[:, : choice.shape[1], : choice.shape[2]]
+        return jnp.where(choice >= 0, found, 0.0)
+
+    return used(mass), used(scores)
+
+
+def _compare(
+    chosen_ref, q_ref, lse_ref, queries_ref, weights_ref, words_ref, mass_ref, scores_ref,
+    buffer, arrived, *, scale, interpreted,
+):  # fmt: skip
+    """QUERIES queries of one row, one after another, tile by tile."""
+    of_entry = tpu_fetch.rows_of(q_ref.shape[-1], q_ref.dtype)
+
+    def one(t, i, planes):
+        entries = tpu_fetch.numbers(planes[:of_entry], q_ref.dtype, q_ref.shape[-1])
+        keys = tpu_fetch.numbers(planes[of_entry:], queries_ref.dtype, queries_ref.shape[-1])
+        mass = jnp.exp(_products(q_ref[0, t], entries) * scale - tpu_fetch.column(lse_ref, t))
+        scores = jnp.maximum(_products(queries_ref[0, t], keys), 0.0) * tpu_fetch.column(weights_ref, t)
+        mass_ref[0, i, pl.ds(t, 1)] = mass.sum(axis=0, keepdims=True)
+        scores_ref[0, i, pl.ds(t, 1)] = scores.sum(axis=0, keepdims=True)
+
+    tpu_fetch.each_tile(one, chosen_ref, words_ref, buffer, arrived, interpreted)
+
+
+def _products(queries, rows):
+    """[H, K] x [k, K] -> [H, k] float32."""
+    return _dot(queries, rows, 1, 1)
+
+
+def _dot(a, b, of_a, of_b):
+    """Product over dimension `of_a` of a and `of_b` of b, in float32: a TPU would multiply float32 rounded to BF16."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((of_a,), (of_b,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def backward(
+    operands: IndexOperands, choice: jax.Array, d_scores: jax.Array, interpret: Any = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of the operands of `forward`, in their dtypes, from that of the scores.
+
+    Args:
+        operands: as given to `forward`.
+        choice: int32 [B, S, k], -1 is unused.
+        d_scores: [B, S, k] float32; of unused places any numbers.
+        interpret: False on a TPU; `pltpu.InterpretParams()` elsewhere.
+
+    Returns:
+        Of the queries [B, S, Hi, di], the keys [B, T, di] and the weights [B, S, Hi].
+    """
+    words = tpu_fetch.words_of(operands.keys)
+    part = functools.partial(_backward, words, operands.keys.shape[1:], interpret)
+    of_queries = operands.queries, operands.weights, jnp.where(choice >= 0, d_scores, 0.0)
+    (d_queries, d_weights), d_keys = tpu_fetch.in_order(part, of_queries, choice, operands.keys)
+    return d_queries, d_keys, d_weights.astype(operands.weights.dtype)
+
+
+def _backward(words, shape, interpret, choice, queries, weights, d_scores):
+    """Gradients of the queries and the weights, and of each query's chosen keys: [B, S, k, di] float32."""
+    (length, count), (entries, width) = choice.shape[1:], shape
+    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries, tpu_fetch.UNROLL)
+    queries, d_scores = (tpu_fetch.whole_steps(x, tpu_fetch.whole_lanes(x.shape[-1])) for x in (queries, d_scores))
+    weights = tpu_fetch.whole_steps(weights)
+    (batch, slots, places), columns = d_scores.shape, queries.shape[-1]
+    of_query = [tpu_fetch.per_query(*x.shape[2:]) for x in (d_scores, queries, weights)]
+    d_queries, d_weights, d_keys = pl.pallas_call(
+        functools.partial(_differentiate, interpreted=bool(interpret)),
+        grid=(batch, slots // tpu_fetch.QUERIES),
+        in_specs=[
+            of_rows,
+            *of_query,
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=[*of_query[1:], pl.BlockSpec(memory_space=pl.ANY)],
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(weights.shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, slots, places, columns), jnp.float32),
+        ],
+        scratch_shapes=[
+            *tpu_fetch.buffers(places, words),
+            pltpu.VMEM((2, places, columns), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        compiler_params=tpu_fetch.COMPILER,
+        interpret=interpret,
+        name="index_loss_backward",
+    )(chosen, d_scores, queries, weights, words)
+    return (d_queries[:, :length, :, :width], d_weights[:, :length]), d_keys[:, :length, :count, :width]
+
+
+def _differentiate(
+    chosen_ref, d_scores_ref, queries_ref, weights_ref, words_ref, d_queries_ref, d_weights_ref, d_keys_ref,
+    buffer, arrived, leaving, left, *, interpreted,
+):  # fmt: skip
+    """Gradients of QUERIES queries; those of their keys leave by DMA while the next query computes."""
+    dtype = queries_ref.dtype
+
+    def one(t, planes):
+        keys = tpu_fetch.numbers(planes, dtype, queries_ref.shape[-1])
+        queries, d_scores = queries_ref[0, t], d_scores_ref[0, pl.ds(t, 1)]
+        products = _products(queries, keys)
+        d_weights = (jnp.maximum(products, 0.0) * d_scores).sum(axis=1, keepdims=True)
+        d_weights_ref[0, pl.ds(t, 1)] = d_weights.reshape(1, -1)
+        d_products = jnp.where(products > 0, tpu_fetch.column(weights_ref, t) * d_scores, 0.0).astype(dtype)
+        d_queries_ref[0, t] = _dot(d_products, keys, 1, 0).astype(dtype)
+        tpu_fetch.leave(t, _dot(d_products, queries, 0, 0), leaving, d_keys_ref, left)
+
+    tpu_fetch.each_query(one, chosen_ref, words_ref, buffer, arrived, interpreted)
+    tpu_fetch.await_left(leaving, d_keys_ref, left)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4_jax.kernels.chunks import chunk_length, join, split
-from dsv4_jax.kernels.indexer_topk import gpu_loss, xla_loss
+from dsv4_jax.kernels.indexer_topk import gpu_loss, tpu_loss, xla_loss
 from dsv4_jax.kernels.indexer_topk.operands import IndexOperands
 from dsv4_jax.kernels.indexer_topk.xla_loss import mass_of
 from dsv4_jax.kernels.platforms import by_platform, kernels_allowed
@@ -82,7 +82,7 @@ _compared.defvjp(_compared_fwd, _compared_bwd)
 
 def _kernels(operands, q, entries, allowed) -> dict[str, Any]:
     """The backends that take these operands, by platform."""
-    backends = {"gpu": gpu_loss}
+    backends = {"tpu": tpu_loss, "gpu": gpu_loss}
     return {name: x for name, x in backends.items() if allowed and x.supports(operands, q, entries)}
 
 

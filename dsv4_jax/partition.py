@@ -37,6 +37,7 @@ class Partition:
         expert_ids: jax.Array,
         weights: jax.Array,
         beside: jax.Array | None = None,
+        rounding: Any = None,
     ) -> jax.Array:
         """The weighted sum of each token's experts, and of what is computed while tokens travel to them and back.
 
@@ -48,10 +49,12 @@ class Partition:
             expert_ids: [B, S, k].
             weights: [B, S, k] float32.
             beside: [B, S, D], which is added.
+            rounding: how x has been rounded (`quantization.rounding.Rounding`), if it has been.
 
         Returns:
             [B, S, D]; no token is dropped.
         """
+        del rounding
         k = expert_ids.shape[-1]
         flat = apply(matrices, x.reshape(-1, x.shape[-1]), expert_ids.reshape(-1, k), weights.reshape(-1, k))
         return flat.reshape(x.shape) if beside is None else flat.reshape(x.shape) + beside

@@ -29,12 +29,19 @@ from dsv4_jax.errors import UserError
 from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.layout import Blocks, Layout, Neighbours, block_ends
 from dsv4_jax.layers.rotary import frequencies, rotation
+from dsv4_jax.quantization.policy import NONE, Policy
 from sharding.gathering import layer_specs, whole_layer
 from sharding.rules import Strategy, spec
 
 
 def attention(
-    mesh: Mesh, strategy: Strategy, layer: Attention, x: jax.Array, layout: Layout, options: AttentionOptions
+    mesh: Mesh,
+    strategy: Strategy,
+    layer: Attention,
+    x: jax.Array,
+    layout: Layout,
+    options: AttentionOptions,
+    rounded: Policy = NONE,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """`layer(x, layout, options)` with the tokens of each row spread over the strategy's "seq" axes.
 
@@ -45,6 +52,7 @@ def attention(
         x: [B, S, D].
         layout: of the whole rows; only its positions are read.
         options: as on one device.
+        rounded: how the layer's weights have been rounded.
 
     Returns:
         [B, S, D] and the layer's record, whose arrays [B, S, ..] are spread as x is.
@@ -64,7 +72,7 @@ def attention(
     def local(weights: Any, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         shards = Shards(axes, count)
         own = _own_layout(layer.config, layer.spec, positions, packed, shards)
-        weights = whole_layer(state, weights, spread, x.dtype)
+        weights = whole_layer(state, weights, spread, x.dtype, rounded)
         out, record, _ = nnx.merge(graph, weights)(x, own, options, neighbours=shards)
         return out, record
 

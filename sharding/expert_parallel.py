@@ -4,7 +4,8 @@ Every device owns E / P experts and a part of the tokens. It sorts its (token, e
 owner up to `capacity` of them in an all-to-all; the owner multiplies what it got as on one device, and a second
 all-to-all brings the results back. Pairs beyond the capacity go in further rounds, which run only when some device
 needs them: the buffers have a fixed size and no token is ever dropped. TPUs and GPUs exchange the filled part of the
-buffers only (`jax.lax.ragged_all_to_all`); CPUs have no such exchange and send them whole.
+buffers only (`jax.lax.ragged_all_to_all`); CPUs have no such exchange and send them whole. Tokens that a precision
+policy has rounded go there in FP8 (`wire.py`); results and gradients come in the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.partition import ExpertFunction
+from dsv4_jax.quantization.policy import NONE, Policy
 from sharding.gathering import expert_specs, owned_experts
 from sharding.mesh import EXPERT, TENSOR
 from sharding.rules import Axes, used_axes
+from sharding.wire import Tile, rows_as_bytes, rows_of_bytes, tile_of
 
 HEADROOM = 2.0
 """Capacity of the first round over the mean load of an owner: routing this uneven still takes one round."""
@@ -45,6 +48,21 @@ class Dispatch:
     experts: int
     capacity: int
     rounds: int
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How tokens go to their experts and matrices to their owners; static.
+
+    Attributes:
+        headroom: capacity of a round over the mean load of an owner.
+        tokens: how tokens have been rounded (a `Rounding` or None).
+        matrices: how the experts have been rounded.
+    """
+
+    headroom: float = HEADROOM
+    tokens: Any = None
+    matrices: Policy = NONE
 
 
 class Places(NamedTuple):
@@ -76,7 +94,7 @@ def dispatch_experts(
     expert_ids: jax.Array,
     weights: jax.Array,
     beside: jax.Array | None = None,
-    headroom: float = HEADROOM,
+    travel: Travel = Travel(),
 ) -> jax.Array:
     """`Partition.experts` with the experts spread over the mesh's expert axis, and their width over its tensor axis.
 
@@ -91,13 +109,13 @@ def dispatch_experts(
         expert_ids: [B, S, k].
         weights: [B, S, k] float32.
         beside: [B, S, D], which is added; its computation can stand between the beginning and the end of an exchange.
-        headroom: capacity of a round over the mean load of an owner.
+        travel: what is known of all that travels.
 
     Returns:
         [B, S, D] in x's dtype, laid out as x.
     """
     exchanged = EXPERT in used_axes(rows)
-    local = partial(_exchange, headroom=headroom, mesh=mesh) if exchanged else _own_share
+    local = partial(_exchange, travel=travel, mesh=mesh) if exchanged else _own_share
     specs = expert_specs(matrices, rules, mesh)
     tokens = PartitionSpec(*rows, *(None,) * (3 - len(rows)))
 
@@ -105,7 +123,7 @@ def dispatch_experts(
         matrices: Any, x: jax.Array, expert_ids: jax.Array, weights: jax.Array, beside: jax.Array | None
     ) -> jax.Array:
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-        matrices = owned_experts(matrices, specs, x.dtype)
+        matrices = owned_experts(matrices, specs, x.dtype, travel.matrices)
         experts, split = matrices[0].shape[0] * mesh.shape[EXPERT], mesh.shape[TENSOR] > 1
         added = None if split or beside is None else flat(beside)
         out = local(apply, matrices, flat(x), flat(expert_ids), flat(weights), added, experts=experts)
@@ -146,14 +164,15 @@ def _exchange(
     weights: jax.Array,
     beside: jax.Array | None,
     experts: int,
-    headroom: float,
+    travel: Travel,
     mesh: Mesh,
 ) -> jax.Array:
     """Tokens are spread over the owners too: send, compute, send back, until every pair has been there."""
     (tokens, k), owners = expert_ids.shape, mesh.shape[EXPERT]
-    plan = plan_dispatch(tokens, k, experts, owners, headroom)
+    plan = plan_dispatch(tokens, k, experts, owners, travel.headroom)
+    round_ = partial(_round, plan, apply, tile_of(travel.tokens))
     places = _places(expert_ids // plan.experts, owners)
-    out = _round(plan, apply, matrices, x, expert_ids, weights, places, jnp.int32(0))
+    out = round_(matrices, x, expert_ids, weights, places, jnp.int32(0))
     if beside is not None:  # before further rounds: the first use of what an exchange brings back waits for it
         out = out + beside.astype(jnp.float32)
     if plan.rounds == 1:
@@ -163,7 +182,7 @@ def _exchange(
 
     @jax.checkpoint
     def late_round(number: jax.Array, total: jax.Array, x: jax.Array, weights: jax.Array, matrices: Any) -> jax.Array:
-        late = lambda: _round(plan, apply, matrices, x, expert_ids, weights, places, number)  # noqa: E731
+        late = lambda: round_(matrices, x, expert_ids, weights, places, number)  # noqa: E731
         return total + jax.lax.cond(number < needed, late, lambda: jnp.zeros_like(total))
 
     def all_late(total: jax.Array) -> jax.Array:
@@ -185,6 +204,7 @@ def _places(owner: jax.Array, owners: int) -> Places:
 def _round(
     plan: Dispatch,
     apply: ExpertFunction,
+    tile: Tile | None,
     matrices: Any,
     x: jax.Array,
     expert_ids: jax.Array,
@@ -192,7 +212,10 @@ def _round(
     places: Places,
     number: jax.Array,
 ) -> jax.Array:
-    """One there-and-back of the pairs ranked within this round: [N, D] float32, zero for tokens without such pairs."""
+    """One there-and-back of the pairs ranked within this round: [N, D] float32, zero for tokens without such pairs.
+
+    Tokens go there in FP8 if it holds them, with a scale for every `tile`.
+    """
     slot = places.rank - number * plan.capacity
     here = (slot >= 0) & (slot < plan.capacity)
     size = plan.owners * plan.capacity
@@ -202,30 +225,34 @@ def _round(
     ids = (expert_ids % plan.experts).reshape(-1).at[pair_of].get(mode="fill", fill_value=plan.experts)
     sends = jnp.clip(places.load - number * plan.capacity, 0, plan.capacity)
     gets = _all_to_all(sends, plan.owners)
-    got = _travel(_to_rows(x, row, pair_of // k), sends, gets)
+    got: Any = _travel(_to_rows(x, row, pair_of // k), sends, gets, tile)
     got_ids = _all_to_all(ids, plan.owners)
     got_weights = _all_to_all(_to_rows(weights.reshape(-1, 1), row.reshape(-1, 1), pair_of), plan.owners)
     done = apply(matrices, got, got_ids[:, None], got_weights)
-    return _from_rows(_travel(done, gets, sends), row, pair_of // k)
+    return _from_rows(_travel(done, gets, sends, None), row, pair_of // k)
 
 
-@jax.custom_vjp
-def _travel(x: jax.Array, sends: jax.Array, gets: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _travel(x: jax.Array, sends: jax.Array, gets: jax.Array, tile: Tile | None) -> jax.Array:
     """Rows [owners * capacity, D], block i for owner i -> block i from owner i.
 
     The first sends[i] rows of the block for owner i are real, and gets[i] of the one that comes from it. Where the
-    backend has ragged exchanges only these travel, and the others arrive as zeros.
+    backend has ragged exchanges only these travel, and the others arrive as zeros. With a `tile` they travel in FP8;
+    gradients never do.
     """
-    return by_platform(x, sends, gets, xla=_whole_blocks, tpu=_real_rows, gpu=_real_rows)
+    sent = x if tile is None else rows_as_bytes(x, tile)
+    rows: Any = by_platform(sent, sends, gets, xla=_whole_blocks, tpu=_real_rows, gpu=_real_rows)
+    return rows if tile is None else rows_of_bytes(rows, x.shape[1], tile, x.dtype)
 
 
-def _travel_fwd(x: jax.Array, sends: jax.Array, gets: jax.Array):
-    return _travel(x, sends, gets), (sends, gets)
+def _travel_fwd(x: jax.Array, sends: jax.Array, gets: jax.Array, tile: Tile | None):
+    return _travel(x, sends, gets, tile), (sends, gets)
 
 
-def _travel_bwd(saved, d_rows: jax.Array):
+def _travel_bwd(tile: Tile | None, saved, d_rows: jax.Array):
+    del tile
     sends, gets = saved
-    return _travel(d_rows, gets, sends), None, None
+    return _travel(d_rows, gets, sends, None), None, None
 
 
 _travel.defvjp(_travel_fwd, _travel_bwd)

@@ -1,7 +1,8 @@
 """Weights that are spread over devices, made whole where each device multiplies them.
 
-They travel in the dtype of the product, which rounds them anyway: half the bytes of float32 masters. Gradients are
-added up in float32, and every device keeps the sum for its own part. All of it happens under `shard_map`.
+They travel in the dtype of the product, which rounds them anyway: half the bytes of float32 masters; or in FP8, if a
+precision policy has rounded them (`wire.py`). Gradients are added up in float32, and every device keeps the sum for its
+own part. All of it happens under `shard_map`.
 """
 
 from __future__ import annotations
@@ -18,34 +19,45 @@ from jax.sharding import Mesh, PartitionSpec
 from dsv4_jax.facts import Fact
 from dsv4_jax.kernels.grouped_matmul import OfStack
 from dsv4_jax.layers.parameters import facts_of
+from dsv4_jax.quantization.policy import NONE, Policy, weight_role
 from sharding.mesh import EXPERT, TENSOR
 from sharding.rules import Axes, Strategy, parameter_specs, spec, used_axes
+from sharding.wire import Tile, gather_rounded, keeps_tiles, tile_of
 
 Tree = Any
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def whole(part: jax.Array, lies: PartitionSpec, dtype: Any) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def whole(part: jax.Array, lies: PartitionSpec, dtype: Any, tile: Tile | None = None) -> jax.Array:
     """This device's part of an array that lies on the mesh as `lies` -> the array, in `dtype` if it is spread at all.
 
     A gradient comes in `dtype` from every device's own tokens; their sum is the float32 one of an unspread array, but
     for that rounding.
+
+    Args:
+        part: floats.
+        lies: how the array lies on the mesh.
+        dtype: in which it travels.
+        tile: it travels in FP8 instead, which holds its numbers with a scale for every tile (`wire.tile_of`), if it is
+            spread in one dimension and between tiles.
     """
     if not used_axes(lies):
         return part
+    spread = [(dimension, axes) for dimension, axes in enumerate(lies) if axes is not None]
+    if tile and len(spread) == 1 and keeps_tiles(part.shape, spread[0][0], tile):
+        return gather_rounded(part, spread[0][1], spread[0][0], tile, dtype)
     part = part.astype(dtype)
-    for dimension, axes in enumerate(lies):
-        if axes is not None:
-            part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
+    for dimension, axes in spread:
+        part = jax.lax.all_gather(part, axes, axis=dimension, tiled=True)
     return part
 
 
-def _whole_fwd(part: jax.Array, lies: PartitionSpec, dtype: Any):
-    return whole(part, lies, dtype), jnp.zeros((), part.dtype)
+def _whole_fwd(part: jax.Array, lies: PartitionSpec, dtype: Any, tile: Tile | None):
+    return whole(part, lies, dtype, tile), jnp.zeros((), part.dtype)
 
 
-def _whole_bwd(lies: PartitionSpec, dtype: Any, like: jax.Array, d_whole: jax.Array):
-    del dtype
+def _whole_bwd(lies: PartitionSpec, dtype: Any, tile: Tile | None, like: jax.Array, d_whole: jax.Array):
+    del dtype, tile
     if used_axes(lies):
         d_whole = d_whole.astype(jnp.float32)
     for dimension, axes in enumerate(lies):
@@ -64,7 +76,7 @@ def layer_specs(state: nnx.State, strategy: Strategy, mesh: Mesh) -> Tree:
     return parameter_specs(jax.tree.map(plain, facts, weights), weights, strategy.parameters, mesh)
 
 
-def whole_layer(state: nnx.State, parts: Tree, lies: Tree, dtype: Any) -> Tree:
+def whole_layer(state: nnx.State, parts: Tree, lies: Tree, dtype: Any, rounded: Policy = NONE) -> Tree:
     """Every device's `parts` of a layer's weights, made whole; in `dtype` the matrices that Muon moves.
 
     In an attention layer these are the ones that multiply activations, in the activations' dtype.
@@ -74,10 +86,16 @@ def whole_layer(state: nnx.State, parts: Tree, lies: Tree, dtype: Any) -> Tree:
         parts: what this device holds of them.
         lies: `layer_specs`.
         dtype: of the activations.
+        rounded: how the weights have been rounded.
     """
 
     def one(fact: Fact, lies: PartitionSpec, part: Any) -> Any:
-        return whole(part, lies, dtype if fact.optimizer == "muon" else part.dtype) if used_axes(lies) else part
+        if not used_axes(lies):
+            return part
+        tile = tile_of(rounded.rounding.get(weight_role(fact) or ""))
+        if tile and "o_groups" in fact.axes and part.shape[-1] % tile[1]:  # tiles that hold parts of two groups
+            tile = None
+        return whole(part, lies, dtype if fact.optimizer == "muon" else part.dtype, tile)
 
     return jax.tree.map(one, facts_of(state), lies, parts)
 
@@ -91,9 +109,13 @@ def expert_specs(matrices: Any, rules: Mapping[str, Axes], mesh: Mesh) -> Any:
     return type(matrices)(*(_lies(*each, rules, mesh) for each in zip(matrices, axes, strict=True)))
 
 
-def owned_experts(matrices: Any, specs: Any, dtype: Any) -> Any:
-    """An owner's part of the matrices, gathered along all axes but the owners'; in `dtype` where they were spread."""
-    return type(matrices)(*(_owned(*each, dtype) for each in zip(matrices, specs, strict=True)))
+def owned_experts(matrices: Any, specs: Any, dtype: Any, rounded: Policy = NONE) -> Any:
+    """An owner's part of the matrices, gathered along all axes but the owners'; in `dtype` where they were spread.
+
+    `rounded` says how they have been rounded.
+    """
+    tile = tile_of(rounded.rounding.get("expert_weight"))
+    return type(matrices)(*(_owned(*each, dtype, tile) for each in zip(matrices, specs, strict=True)))
 
 
 def _lies(matrix: Any, axes: tuple[str, ...], rules: Mapping[str, Axes], mesh: Mesh) -> Any:
@@ -109,7 +131,7 @@ def _lies(matrix: Any, axes: tuple[str, ...], rules: Mapping[str, Axes], mesh: M
     return PartitionSpec(*(own.get(axis, lies) for axis, lies in zip(axes, spread, strict=True)))
 
 
-def _owned(matrix: Any, lies: Any, dtype: Any) -> Any:
+def _owned(matrix: Any, lies: Any, dtype: Any, tile: Tile | None) -> Any:
     if not isinstance(matrix, jax.Array):
         return matrix
-    return whole(matrix, PartitionSpec(*(None if axes in (EXPERT, TENSOR) else axes for axes in lies)), dtype)
+    return whole(matrix, PartitionSpec(*(None if axes in (EXPERT, TENSOR) else axes for axes in lies)), dtype, tile)

@@ -16,8 +16,9 @@ from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
 from dsv4_jax.partition import ExpertFunction, Partition
+from dsv4_jax.quantization.policy import NONE, Policy
 from sharding import context_parallel, row_caches
-from sharding.expert_parallel import HEADROOM, dispatch_experts
+from sharding.expert_parallel import HEADROOM, Travel, dispatch_experts
 from sharding.mesh import EXPERT, TENSOR
 from sharding.own_heads import splits_heads
 from sharding.rules import Strategy, spec, used_axes
@@ -31,11 +32,13 @@ class MeshPartition(Partition):
         mesh: the devices.
         strategy: the rules.
         headroom: of `expert_parallel`, the capacity of its first round over an owner's mean load.
+        rounded: how the parameters that come have been rounded; what FP8 holds then travels so (`wire.py`).
     """
 
     mesh: Mesh
     strategy: Strategy
     headroom: float = HEADROOM
+    rounded: Policy = NONE
 
     def constrain(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """See `Partition.constrain`; a dimension that does not divide is left to the compiler."""
@@ -50,12 +53,14 @@ class MeshPartition(Partition):
         expert_ids: jax.Array,
         weights: jax.Array,
         beside: jax.Array | None = None,
+        rounding: Any = None,
     ) -> jax.Array:
         """See `Partition.experts`."""
         if self.mesh.size == 1:
             return super().experts(apply, matrices, x, expert_ids, weights, beside)
+        travel = Travel(self.headroom, rounding, self.rounded)
         rows, lies = self._rows(x), self.strategy.parameters
-        return dispatch_experts(self.mesh, rows, lies, apply, matrices, x, expert_ids, weights, beside, self.headroom)
+        return dispatch_experts(self.mesh, rows, lies, apply, matrices, x, expert_ids, weights, beside, travel)
 
     @property
     def experts_in_place(self) -> bool:
@@ -74,14 +79,16 @@ class MeshPartition(Partition):
         the layer.
         """
         if past is None and any(self.mesh.shape[axis] > 1 for axis in self.strategy.activations.get("seq", ())):
-            return *context_parallel.attention(self.mesh, self.strategy, layer, x, layout, options), None
+            return *context_parallel.attention(self.mesh, self.strategy, layer, x, layout, options, self.rounded), None
         spread = self.mesh.shape[TENSOR] > 1
         own_heads = spread and past is not None and splits_heads(layer, options, self.strategy, self.mesh)
         if spread > own_heads or not row_caches.stays_with_rows(past):
             with partitioned_by_the_compiler():
                 return super().attention(layer, x, layout, options, past)
         rows = PartitionSpec(*self._rows(x)[:1])
-        return row_caches.attention(self.mesh, self.strategy, rows, layer, x, layout, options, past, own_heads)
+        return row_caches.attention(
+            self.mesh, self.strategy, rows, layer, x, layout, options, past, own_heads, self.rounded
+        )
 
     def look_up(self, table: jax.Array, tokens: jax.Array) -> jax.Array:
         """See `Partition.look_up`: where the vocabulary is spread, every device adds the rows that it has."""

@@ -15,6 +15,7 @@ from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.kv_cache import LayerCache
 from dsv4_jax.layers.layout import Layout
+from dsv4_jax.quantization.policy import NONE, Policy
 from sharding.gathering import layer_specs, whole_layer
 from sharding.mesh import TENSOR
 from sharding.own_heads import head_specs
@@ -38,6 +39,7 @@ def attention(
     options: AttentionOptions,
     past: LayerCache | None,
     own_heads: bool = False,
+    rounded: Policy = NONE,
 ) -> Attended:
     """`layer(x, layout, options, past)` with every device working on the rows it holds.
 
@@ -51,6 +53,7 @@ def attention(
         options: as on one device.
         past: a cache that `stays_with_rows`, or None.
         own_heads: every device has its own heads of the layer (`own_heads.splits_heads`).
+        rounded: how the layer's weights have been rounded.
 
     Returns:
         [B, S, D], the layer's record and the cache with these tokens, all laid out by rows as x.
@@ -62,7 +65,7 @@ def attention(
     def own_rows(weights: Any, x: jax.Array, layout: Layout, held: LayerCache | None) -> Attended:
         first = jax.lax.axis_index(axes) * x.shape[0] if axes else 0
         here = held and _mapped(held, partial(_renumbered, first=-first))._replace(storage=storage)
-        weights = weights if own_heads else whole_layer(state, weights, spread, x.dtype)
+        weights = weights if own_heads else whole_layer(state, weights, spread, x.dtype, rounded)
         out, record, after = nnx.merge(graph, weights)(x, layout, options, here)
         out = jax.lax.psum(out, TENSOR) if own_heads else out
         return out, record, after and _mapped(after, partial(_renumbered, first=first))._replace(storage=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -85,6 +85,12 @@ class StepPlan:
     def masters(self, params: Any) -> Any:
         """The model's parameters from the state's, not rounded."""
         return params if self.lora is None else adapted.model_params(self.lora, params)
+
+    @property
+    def rounded_partition(self) -> Partition:
+        """The partition for `forward`: it knows how parameters are `rounded`."""
+        partition = self.partition
+        return replace(partition, rounded=self.policy) if isinstance(partition, MeshPartition) else partition
 
     def forward(self) -> Callable[..., model.Output]:
         """`model.forward` with the precision filled in; it wants parameters that are `rounded`."""
@@ -170,7 +176,12 @@ def chosen_experts(plan: StepPlan, kind: Kind, microbatches: int, params: Any, b
     config, objective = plan.config, OBJECTIVES[kind]
     mtp = bool(config.mtp_layers) and (objective.language or config.mtp_layers[0].attention == CSA)
     forward = partial(
-        plan.forward(), attention=objective.attention, logits=False, mtp=mtp, record=True, partition=plan.partition
+        plan.forward(),
+        attention=objective.attention,
+        logits=False,
+        mtp=mtp,
+        record=True,
+        partition=plan.rounded_partition,
     )
     params = plan.placement.computing(plan.rounded(params))
 
@@ -228,7 +239,7 @@ def batch_gradients(
         params = join(moved, held) if plan.lora is None else plan.rounded(join(moved, held))
         params = plan.placement.computing(params)
         total, parts = training_loss(
-            config, params, batch, totals, objective, plan.weights, mtp_weight, run, share, plan.partition
+            config, params, batch, totals, objective, plan.weights, mtp_weight, run, share, plan.rounded_partition
         )
         return total, parts | {"loss": total}
 

@@ -91,7 +91,8 @@ class Experts(nnx.Module):
         # A policy of its own: whatever else the given one does at its hooks cannot be done behind a partition.
         apply = partial(apply_experts, self.config.swiglu_limit, policy=Policy(policy.rounding))
         x = policy("expert_input", x)  # before tokens travel to their experts
-        return partition.experts(apply, self.matrices(), x, routing.expert_ids, routing.weights, beside)
+        given = x, routing.expert_ids, routing.weights, beside
+        return partition.experts(apply, self.matrices(), *given, policy.rounding.get("expert_input"))
 
     def matrices(self) -> Matrices:
         """The weights of all experts."""

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax.layers.experts import Matrices, apply_experts
 from sharding import expert_parallel
-from sharding.expert_parallel import dispatch_experts, plan_dispatch
+from sharding.expert_parallel import Travel, dispatch_experts, plan_dispatch
 from sharding.mesh import make_mesh, parse_mesh
 
 TOLERANCE = 2e-6  # float32; sums over experts and over tokens in another order
@@ -61,7 +61,7 @@ def errors(mesh_text, row_axes, headroom, shape, k, experts, kind, width=8, inne
         return (out * probe).sum(), out
 
     def spread(matrices, x, weights):
-        out = dispatch_experts(mesh, rows, SPREAD, apply, matrices, x, ids, weights, x**2, headroom)
+        out = dispatch_experts(mesh, rows, SPREAD, apply, matrices, x, ids, weights, x**2, Travel(headroom))
         return (out * probe).sum(), out
 
     run = lambda f: jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))  # noqa: E731

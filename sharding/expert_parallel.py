@@ -3,9 +3,8 @@
 Every device owns E / P experts and a part of the tokens. It sorts its (token, expert) pairs by owner and sends each
 owner up to `capacity` of them in an all-to-all; the owner multiplies what it got as on one device, and a second
 all-to-all brings the results back. Pairs beyond the capacity go in further rounds, which run only when some device
-needs them: the buffers have a fixed size and no token is ever dropped. TPUs and GPUs exchange the filled part of the
-buffers only (`jax.lax.ragged_all_to_all`); CPUs have no such exchange and send them whole. Tokens that a precision
-policy has rounded go there in FP8 (`wire.py`); results and gradients come in the dtype of the activations.
+needs them: the buffers have a fixed size and no token is ever dropped. Only the filled part of them travels
+(`exchange.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dsv4_jax.kernels.platforms import by_platform
 from dsv4_jax.partition import ExpertFunction
 from dsv4_jax.quantization.policy import NONE, Policy
+from sharding.exchange import all_to_all, travel_rows
 from sharding.gathering import expert_specs, owned_experts
 from sharding.mesh import EXPERT, TENSOR
 from sharding.rules import Axes, used_axes
-from sharding.wire import Tile, rows_as_bytes, rows_of_bytes, tile_of
+from sharding.wire import Tile, tile_of
 
 HEADROOM = 2.0
 """Capacity of the first round over the mean load of an owner: routing this uneven still takes one round."""
@@ -224,57 +223,12 @@ def _round(
     pair_of = jnp.full(size, row.size, jnp.int32).at[row.reshape(-1)].set(jnp.arange(row.size), mode="drop")
     ids = (expert_ids % plan.experts).reshape(-1).at[pair_of].get(mode="fill", fill_value=plan.experts)
     sends = jnp.clip(places.load - number * plan.capacity, 0, plan.capacity)
-    gets = _all_to_all(sends, plan.owners)
-    got: Any = _travel(_to_rows(x, row, pair_of // k), sends, gets, tile)
-    got_ids = _all_to_all(ids, plan.owners)
-    got_weights = _all_to_all(_to_rows(weights.reshape(-1, 1), row.reshape(-1, 1), pair_of), plan.owners)
+    gets = all_to_all(sends, plan.owners)
+    got: Any = travel_rows(_to_rows(x, row, pair_of // k), sends, gets, tile)
+    got_ids = all_to_all(ids, plan.owners)
+    got_weights = all_to_all(_to_rows(weights.reshape(-1, 1), row.reshape(-1, 1), pair_of), plan.owners)
     done = apply(matrices, got, got_ids[:, None], got_weights)
-    return _from_rows(_travel(done, gets, sends, None), row, pair_of // k)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _travel(x: jax.Array, sends: jax.Array, gets: jax.Array, tile: Tile | None) -> jax.Array:
-    """Rows [owners * capacity, D], block i for owner i -> block i from owner i.
-
-    The first sends[i] rows of the block for owner i are real, and gets[i] of the one that comes from it. Where the
-    backend has ragged exchanges only these travel, and the others arrive as zeros. With a `tile` they travel in FP8;
-    gradients never do.
-    """
-    sent = x if tile is None else rows_as_bytes(x, tile)
-    rows: Any = by_platform(sent, sends, gets, xla=_whole_blocks, tpu=_real_rows, gpu=_real_rows)
-    return rows if tile is None else rows_of_bytes(rows, x.shape[1], tile, x.dtype)
-
-
-def _travel_fwd(x: jax.Array, sends: jax.Array, gets: jax.Array, tile: Tile | None):
-    return _travel(x, sends, gets, tile), (sends, gets)
-
-
-def _travel_bwd(tile: Tile | None, saved, d_rows: jax.Array):
-    del tile
-    sends, gets = saved
-    return _travel(d_rows, gets, sends, None), None, None
-
-
-_travel.defvjp(_travel_fwd, _travel_bwd)
-
-
-def _whole_blocks(x: jax.Array, sends: jax.Array, gets: jax.Array) -> jax.Array:
-    del gets
-    return _all_to_all(x, sends.size)
-
-
-def _real_rows(x: jax.Array, sends: jax.Array, gets: jax.Array) -> jax.Array:
-    owners = sends.size
-    capacity = x.shape[0] // owners
-    starts = jnp.arange(owners, dtype=jnp.int32) * capacity
-    mine = jnp.broadcast_to(starts[jax.lax.axis_index(EXPERT)], starts.shape)  # where it begins at every owner
-    return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), starts, sends, mine, gets, axis_name=EXPERT)
-
-
-def _all_to_all(x: jax.Array, owners: int) -> jax.Array:
-    """[owners * capacity, ..], block i for owner i -> block i from owner i."""
-    cut = x.reshape(owners, -1, *x.shape[1:])
-    return jax.lax.all_to_all(cut, EXPERT, split_axis=0, concat_axis=0).reshape(x.shape)
+    return _from_rows(travel_rows(done, gets, sends, None), row, pair_of // k)
 
 
 @jax.custom_vjp

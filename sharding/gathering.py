@@ -39,7 +39,7 @@ def whole(part: jax.Array, lies: PartitionSpec, dtype: Any, tile: Tile | None = 
         lies: how the array lies on the mesh.
         dtype: in which it travels.
         tile: it travels in FP8 instead, which holds its numbers with a scale for every tile (`wire.tile_of`), if it is
-            spread in one dimension and between tiles.
+            spread in one dimension, in parts that `keeps_tiles`.
     """
     if not used_axes(lies):
         return part

@@ -27,9 +27,15 @@ def tile_of(rounding: Any) -> Tile | None:
 
 
 def keeps_tiles(part: tuple[int, ...], dimension: int, tile: Tile) -> bool:
-    """Whether an array that is cut into parts of this shape along a dimension is cut between tiles."""
+    """Whether in an array that is cut into parts of this shape along a dimension no part has pieces of two tiles.
+
+    Parts have whole tiles, or several share one: a piece of a tile has its own scale, not larger than the tile's.
+    """
     from_last = len(part) - 1 - dimension
-    return from_last > 1 or part[dimension] % tile[1 - from_last] == 0
+    if from_last > 1:
+        return True
+    size, own = tile[1 - from_last], part[dimension]
+    return own % size == 0 or size % own == 0
 
 
 def gather_rounded(part: jax.Array, axes: Any, dimension: int, tile: Tile, dtype: Any) -> jax.Array:
@@ -38,7 +44,7 @@ def gather_rounded(part: jax.Array, axes: Any, dimension: int, tile: Tile, dtype
     Args:
         part: floats that FP8 holds, with a scale for every tile.
         axes: of the mesh.
-        dimension: along which the array is cut, between tiles.
+        dimension: along which the array is cut; see `keeps_tiles`.
         tile: rows and columns of the last two dimensions that share a scale.
         dtype: of the result, BF16 or wider.
     """

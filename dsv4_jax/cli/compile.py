@@ -74,6 +74,8 @@ class Compile:
     """Parts of a training batch that are computed one after another."""
     remat: Literal["block", "none"] = "block"
     """In training, whether activations of a block are recomputed in the backward pass."""
+    policy: str = "none"
+    """Of training: what is rounded to FP8 and FP4, none, fp8, v4, or one of these with changes (v4,kv_entry=none)."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -104,8 +106,12 @@ def check(asked: Compile) -> tuple[Program, Target, Mesh]:
         raise UserError(f"--microbatches {asked.microbatches} does not divide --batch {asked.batch}")
     if asked.mode == "train" and asked.weights == "packed":
         raise UserError("training moves float32 masters: --weights packed is for --mode prefill and decode")
+    if asked.mode != "train" and asked.policy != "none":
+        raise UserError("--policy rounds what is trained: it is for --mode train")
+    from dsv4_jax.quantization.policy import precision_policy
     from sharding.targets import parse_target, prepare
 
+    precision_policy(asked.policy, config)
     target = parse_target(asked.target)
     prepare()
     from sharding.rules import find_strategy
@@ -165,7 +171,7 @@ def make_program(asked: Compile, config: DeepseekV4Config, strategy: Strategy, m
     partition = MeshPartition(mesh, strategy)
     setting = programs.Setting(config, mesh, strategy, partition, asked.batch, length, asked.dtype, asked.weights)
     if asked.mode == "train":
-        return programs.train_program(setting, asked.kind, asked.remat == "block", asked.microbatches)
+        return programs.train_program(setting, asked.kind, asked.remat == "block", asked.microbatches, asked.policy)
     if asked.mode == "prefill":
         return programs.prefill_program(setting, asked.cache, asked.chunk)
     return programs.decode_program(setting, asked.cache)

@@ -76,11 +76,13 @@ def train_program(
     kind: Kind = "sparse",
     remat: bool = True,
     microbatches: int = 1,
+    policy: str = "none",
     optimizer: OptimizerConfig = IN_BFLOAT16,
 ) -> Program:
     """One optimizer step: float32 masters and optimizer state, donated; a batch of whole rows."""
     config = setting.config
-    precision = Precision("bfloat16" if setting.dtype == "bfloat16" else "float32", "block" if remat else "none")
+    computed = "bfloat16" if setting.dtype == "bfloat16" else "float32"
+    precision = Precision(computed, "block" if remat else "none", policy=policy)
     plan = StepPlan(
         config, optax.constant_schedule(1e-4), 1 << 30, optimizer, precision=precision, partition=setting.partition
     )

@@ -53,7 +53,7 @@ def test_installs_itself_only_where_it_is_missing(path):
 def test_runs(path):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(WHERE))
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute()  # raises at the first cell with an error
 
     *cells, where = code(notebook)

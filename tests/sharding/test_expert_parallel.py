@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv4_jax.layers.experts import Matrices, apply_experts
-from sharding import expert_parallel
+from sharding import exchange
 from sharding.expert_parallel import Travel, dispatch_experts, plan_dispatch
 from sharding.mesh import make_mesh, parse_mesh
 
@@ -91,7 +91,7 @@ def ragged_by_its_definition(operand, output, starts, sends, places, gets, *, ax
 
 def run_ragged_cases(names):
     """The same with exchanges of real rows only."""
-    expert_parallel.by_platform = lambda *operands, xla, tpu, gpu: tpu(*operands)
+    exchange.by_platform = lambda *operands, xla, tpu, gpu: tpu(*operands)
     jax.lax.ragged_all_to_all = ragged_by_its_definition
     return run_cases(names)
 

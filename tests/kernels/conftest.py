@@ -10,3 +10,11 @@ def interpreter():
     """Parameters of the interpreter of Pallas' Mosaic GPU backend."""
     yield pytest.importorskip(f"{INTERPRETER}.params").InterpretGPUParams()
     pytest.importorskip(f"{INTERPRETER}.interpret_pallas_call").reset_gpu_interpret_mode_state()  # as after a failure
+
+
+@pytest.fixture
+def tensor_memory(interpreter):
+    """Parameters of an interpreter with Blackwell's tensor memory, which fails where it finds a race."""
+    if not hasattr(pytest.importorskip(f"{INTERPRETER}.gpu_callbacks"), "tcgen05_mma"):
+        pytest.skip("the interpreter of this jax has no tensor memory")
+    return type(interpreter)(detect_races=True)

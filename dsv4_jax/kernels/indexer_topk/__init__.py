@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 
-from dsv4_jax.kernels.indexer_topk import gpu, gpu_paged, paged, tpu, xla
+from dsv4_jax.kernels.indexer_topk import gpu, gpu_blackwell, gpu_paged, paged, tpu, xla
 from dsv4_jax.kernels.indexer_topk.kl import IndexLoss, index_loss
 from dsv4_jax.kernels.indexer_topk.operands import CANDIDATES, EXACT, IndexOperands, PagedOperands, Search
 from dsv4_jax.kernels.platforms import by_platform
@@ -31,7 +31,8 @@ def index_topk(
     """
     if isinstance(operands, PagedOperands):
         choose = {"k": min(k, operands.pages.capacity), "search": search}
-        kernel = partial(gpu_paged.index_topk, **choose) if gpu_paged.supports(operands, choose["k"]) else None
+        kernels = (x for x in (gpu_blackwell, gpu_paged) if x.supports(operands, choose["k"]))
+        kernel = next((partial(x.index_topk, **choose) for x in kernels), None)
         return by_platform(*operands, hi, xla=partial(paged.index_topk, **choose), gpu=kernel)
     # The barrier ties the bounds to the operands. By themselves they are the same in every layer of a scan, and its
     # differentiation would compute their masks, queries x entries, before the loop and keep them.

@@ -186,8 +186,10 @@ def _paged_attention(
 
 def _paged_index(config: DeepseekV4Config, entries: int, rows: int, draw: Draw) -> Operation:
     heads, width, k = config.index_n_heads, config.index_head_dim, config.index_topk
-    pages, keys = _pages(cache_format(config, "deployed").index, draw, rows, entries, width)
+    storage = cache_format(config, "deployed").index
+    pages, keys = _pages(storage, draw, rows, entries, width)
     queries, weights = draw(rows, 1, heads, width), draw(rows, 1, heads).astype(jnp.float32)
+    queries = storage.decode(storage.encode(queries), queries.dtype)  # as the indexer rounds them
     hi = jnp.full((rows, 1), entries, jnp.int32)
     run = lambda q, pages, w, hi: indexer_topk.index_topk(  # noqa: E731
         PagedOperands(q, pages, w), jnp.zeros_like(hi), hi, k

@@ -20,3 +20,11 @@ def small_fetches(monkeypatch):
     for name in ("QUERIES", "BACKWARD_QUERIES", "UNROLL"):
         monkeypatch.setattr(tpu_fetch, name, 2)
     monkeypatch.setattr(tpu_fetch, "TILE", 4)
+
+
+@pytest.fixture
+def tensor_memory(interpreter):
+    """Parameters of an interpreter with Blackwell's tensor memory, which fails where it finds a race."""
+    if not hasattr(pytest.importorskip(f"{INTERPRETER}.gpu_callbacks"), "tcgen05_mma"):
+        pytest.skip("the interpreter of this jax has no tensor memory")
+    return type(interpreter)(detect_races=True)

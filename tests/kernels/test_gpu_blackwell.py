@@ -27,11 +27,8 @@ def blackwell(monkeypatch):
 
 
 @pytest.fixture
-def tensor_memory(interpreter, blackwell):
-    """Parameters of the interpreter, which fails where it finds a race."""
-    if not hasattr(pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks"), "tcgen05_mma"):
-        pytest.skip("the interpreter of this jax has no tensor memory")
-    return type(interpreter)(detect_races=True)
+def tensor_memory(tensor_memory, blackwell):
+    return tensor_memory
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.indexer_topk import gpu, gpu_paged, paged, tpu, xla
+from dsv4_jax.kernels.indexer_topk import gpu, gpu_blackwell, gpu_paged, paged, tpu, xla
 from dsv4_jax.kernels.indexer_topk.kl import IndexLoss, index_loss
 from dsv4_jax.kernels.indexer_topk.operands import CANDIDATES, EXACT, IndexOperands, PagedOperands, Search
 from dsv4_jax.kernels.laid_out import over_rows, rows_of
@@ -50,8 +50,9 @@ def _over_pages(operands: PagedOperands, hi: jax.Array, k: int, search: Search) 
         rows = IndexOperands(operands.queries, keys, operands.weights)
         kernels |= {"tpu": partial(_over_rows, tpu.index_topk, k, search)} if tpu.supports(rows) else {}
         kernels |= {"gpu": partial(_over_rows, gpu.index_topk, k, search)} if gpu.supports(rows, k) else {}
-    if gpu_paged.supports(operands, k):
-        kernels["gpu"] = partial(gpu_paged.index_topk, **choose)
+    for reading in (gpu_blackwell, gpu_paged):
+        if reading.supports(operands, k):
+            kernels["gpu"] = partial(reading.index_topk, **choose)
     return by_platform(*operands, hi, xla=partial(paged.index_topk, **choose), **kernels)
 
 

@@ -24,9 +24,9 @@ SLOTS = 8  # tiles of keys in shared memory: with four programs on a processor m
 def scores(
     queries: jax.Array,
     weights: jax.Array,
-    pages: Pages,
     tables: jax.Array,
     seen: jax.Array,
+    pages: Pages,
     wide: int,
     interpret: Any,
 ) -> jax.Array:
@@ -35,9 +35,9 @@ def scores(
     Args:
         queries: BF16 [B, S, Hi, 128].
         weights: [B, S, Hi].
-        pages: the keys of all sequences, of which these are some.
-        tables: their block numbers [B, N].
+        tables: block numbers of the sequences [B, N].
         seen: how many keys are wanted, int32 [B].
+        pages: the keys of all sequences, of which these are some.
         wide: columns of the result.
         interpret: see `gpu_paged.index_topk`.
 

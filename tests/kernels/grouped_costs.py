@@ -64,7 +64,7 @@ def costs(target: str) -> dict[str, Cost]:
         NATIVE[2]: (lambda r, w, g, d: pulled(jax.lax.ragged_dot, r, w, g)(d)[1], (exact[0], native, sizes, exact[1])),
     }
     platform = "tpu" if machine.is_tpu else "cuda"
-    with compiling_for(platform):
+    with compiling_for(platform, machine.capability):
         return {name: cost(name, *program, machine.compiler_options) for name, program in programs.items()}
 
 

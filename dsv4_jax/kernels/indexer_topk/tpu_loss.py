@@ -52,11 +52,10 @@ def forward(
         unused.
     """
     words = tpu_fetch.words_of(entries, operands.keys)
-    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries.shape[1], tpu_fetch.TILE)
+    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries.shape[1])
     q, queries = (tpu_fetch.whole_steps(x, tpu_fetch.whole_lanes(x.shape[-1])) for x in (q, operands.queries))
     lse, weights = tpu_fetch.whole_steps(lse), tpu_fetch.whole_steps(operands.weights)
-    (batch, slots), tiles = q.shape[:2], -(-choice.shape[-1] // tpu_fetch.TILE)
-    of_tiles = pl.BlockSpec((1, tiles, tpu_fetch.QUERIES, tpu_fetch.TILE), lambda b, i: (b, 0, i, 0))
+    (batch, slots), tiles = q.shape[:2], tpu_fetch.tiles_of(choice.shape[-1])
     mass, scores = pl.pallas_call(
         functools.partial(_compare, scale=scale, interpreted=bool(interpret)),
         grid=(batch, slots // tpu_fetch.QUERIES),
@@ -65,9 +64,9 @@ def forward(
             *(tpu_fetch.per_query(*x.shape[2:]) for x in (q, lse, queries, weights)),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=[of_tiles] * 2,
+        out_specs=[tpu_fetch.per_tile(tiles)] * 2,
         out_shape=[jax.ShapeDtypeStruct((batch, tiles, slots, tpu_fetch.TILE), jnp.float32)] * 2,
-        scratch_shapes=tpu_fetch.buffers(tiles * tpu_fetch.TILE, words),
+        scratch_shapes=tpu_fetch.buffers(choice.shape[-1], words),
         compiler_params=tpu_fetch.COMPILER,
         interpret=interpret,
         name="index_loss",
@@ -82,7 +81,7 @@ def forward(
 
 def _compare(
     chosen_ref, q_ref, lse_ref, queries_ref, weights_ref, words_ref, mass_ref, scores_ref,
-    buffer, arrived, *, scale, interpreted,
+    here, there, arrived, *, scale, interpreted,
 ):  # fmt: skip
     """QUERIES queries of one row, one after another, tile by tile."""
     of_entry = tpu_fetch.rows_of(q_ref.shape[-1], q_ref.dtype)
@@ -95,7 +94,7 @@ def _compare(
         mass_ref[0, i, pl.ds(t, 1)] = mass.sum(axis=0, keepdims=True)
         scores_ref[0, i, pl.ds(t, 1)] = scores.sum(axis=0, keepdims=True)
 
-    tpu_fetch.each_tile(one, chosen_ref, words_ref, buffer, arrived, interpreted)
+    tpu_fetch.each_tile(one, chosen_ref, words_ref, (here, there), arrived, interpreted)
 
 
 def _products(queries, rows):
@@ -138,27 +137,30 @@ def backward(
 def _backward(words, shape, interpret, choice, queries, weights, d_scores):
     """Gradients of the queries and the weights, and of each query's chosen keys: [B, S, k, di] float32."""
     (length, count), (entries, width) = choice.shape[1:], shape
-    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries, tpu_fetch.UNROLL)
-    queries, d_scores = (tpu_fetch.whole_steps(x, tpu_fetch.whole_lanes(x.shape[-1])) for x in (queries, d_scores))
-    weights = tpu_fetch.whole_steps(weights)
-    (batch, slots, places), columns = d_scores.shape, queries.shape[-1]
-    of_query = [tpu_fetch.per_query(*x.shape[2:]) for x in (d_scores, queries, weights)]
+    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries)
+    queries, weights = tpu_fetch.whole_steps(queries, tpu_fetch.whole_lanes(width)), tpu_fetch.whole_steps(weights)
+    d_scores = tpu_fetch.in_tiles(d_scores)
+    (batch, slots, heads, columns), places = queries.shape, d_scores.shape[1] * tpu_fetch.TILE
+    of_query = [tpu_fetch.per_query(*x.shape[2:]) for x in (queries, weights)]
     d_queries, d_weights, d_keys = pl.pallas_call(
         functools.partial(_differentiate, interpreted=bool(interpret)),
         grid=(batch, slots // tpu_fetch.QUERIES),
         in_specs=[
             of_rows,
+            tpu_fetch.per_tile(d_scores.shape[1]),
             *of_query,
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=[*of_query[1:], pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=[*of_query, pl.BlockSpec(memory_space=pl.ANY)],
         out_shape=[
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct(weights.shape, jnp.float32),
             jax.ShapeDtypeStruct((batch, slots, places, columns), jnp.float32),
         ],
         scratch_shapes=[
-            *tpu_fetch.buffers(places, words),
+            *tpu_fetch.buffers(count, words),
+            pltpu.VMEM((heads, columns), jnp.float32),
+            pltpu.VMEM((heads, tpu_fetch.TILE), jnp.float32),
             pltpu.VMEM((2, places, columns), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
@@ -171,20 +173,29 @@ def _backward(words, shape, interpret, choice, queries, weights, d_scores):
 
 def _differentiate(
     chosen_ref, d_scores_ref, queries_ref, weights_ref, words_ref, d_queries_ref, d_weights_ref, d_keys_ref,
-    buffer, arrived, leaving, left, *, interpreted,
+    here, there, arrived, to_queries, to_weights, leaving, left, *, interpreted,
 ):  # fmt: skip
     """Gradients of QUERIES queries; those of their keys leave by DMA while the next query computes."""
     dtype = queries_ref.dtype
 
-    def one(t, planes):
-        keys = tpu_fetch.numbers(planes, dtype, queries_ref.shape[-1])
-        queries, d_scores = queries_ref[0, t], d_scores_ref[0, pl.ds(t, 1)]
-        products = _products(queries, keys)
-        d_weights = (jnp.maximum(products, 0.0) * d_scores).sum(axis=1, keepdims=True)
-        d_weights_ref[0, pl.ds(t, 1)] = d_weights.reshape(1, -1)
-        d_products = jnp.where(products > 0, tpu_fetch.column(weights_ref, t) * d_scores, 0.0).astype(dtype)
-        d_queries_ref[0, t] = _dot(d_products, keys, 1, 0).astype(dtype)
-        tpu_fetch.leave(t, _dot(d_products, queries, 0, 0), leaving, d_keys_ref, left)
+    def before(t):
+        tpu_fetch.await_left(t, leaving, d_keys_ref, left)
+        to_queries[...] = jnp.zeros_like(to_queries)
+        to_weights[...] = jnp.zeros_like(to_weights)
 
-    tpu_fetch.each_query(one, chosen_ref, words_ref, buffer, arrived, interpreted)
-    tpu_fetch.await_left(leaving, d_keys_ref, left)
+    def one(t, i, planes):
+        keys = tpu_fetch.numbers(planes, dtype, queries_ref.shape[-1])
+        queries, d_scores = queries_ref[0, t], d_scores_ref[0, i, pl.ds(t, 1)]
+        products = _products(queries, keys)
+        to_weights[...] += jnp.maximum(products, 0.0) * d_scores
+        d_products = jnp.where(products > 0, tpu_fetch.column(weights_ref, t) * d_scores, 0.0).astype(dtype)
+        to_queries[...] += _dot(d_products, keys, 1, 0)
+        tpu_fetch.keep(t, i, _dot(d_products, queries, 0, 0), leaving)
+
+    def behind(t):
+        d_queries_ref[0, t] = to_queries[...].astype(dtype)
+        d_weights_ref[0, pl.ds(t, 1)] = to_weights[...].sum(axis=1, keepdims=True).reshape(1, -1)
+        tpu_fetch.leave(t, leaving, d_keys_ref, left)
+
+    tpu_fetch.each_tile(one, chosen_ref, words_ref, (here, there), arrived, interpreted, before, behind)
+    tpu_fetch.await_all_left(leaving, d_keys_ref, left)

@@ -3,6 +3,8 @@
 An entry is shared by all heads, so one query's work is two products of [H, K] with its k chosen entries, [k, K]: large
 enough for the matrix unit. What has to be hidden is the fetching. Entries stay in HBM; their numbers lie in scalar
 memory, from where each row's DMA is issued, and two buffers alternate between arriving and being used.
+A query is cut into tiles of entries, whose softmax goes on from tile to tile, and the next query's DMAs are issued
+between a tile's instructions: they share bundles.
 
 The backward pass computes the weights again from the saved log-sum-exp. The gradients of a query's chosen entries come
 out as rows, [k, K], and are added up in the order of queries by XLA's scatter: there are no atomic additions, and equal
@@ -20,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels.sparse_attention import tpu_fetch as fetch
+from dsv4_jax.kernels.sparse_attention import tpu_softmax
+from dsv4_jax.kernels.sparse_attention.tpu_softmax import NEVER
 from dsv4_jax.kernels.sparse_attention.xla import Branch
-
-NEVER = -1e30  # a score that no query sees; its weight is exactly zero
 
 
 def supports(q: jax.Array, entries: jax.Array) -> bool:
@@ -44,8 +46,8 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
         Output [B, S, H, K] in q's dtype and log-sum-exp [B, S, H] float32, -inf where a query chose nothing.
     """
     length, width = q.shape[1], q.shape[3]
-    words, (chosen, of_rows) = fetch.words_of(entries), fetch.rows_to_fetch(indices, entries.shape[1], fetch.UNROLL)
-    choice = fetch.whole_steps(indices, fetch.whole_lanes(indices.shape[-1]), fill=-1)
+    words, (chosen, of_rows) = fetch.words_of(entries), fetch.rows_to_fetch(indices, entries.shape[1])
+    choice = fetch.in_tiles(indices, fill=-1)
     q = fetch.whole_steps(q, words.shape[1] * fetch.LANES * 4 // q.dtype.itemsize)
     batch, slots, heads, k_width = q.shape
     out, lse = pl.pallas_call(
@@ -53,7 +55,7 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
         grid=(batch, slots // fetch.QUERIES),
         in_specs=[
             of_rows,
-            fetch.per_query(choice.shape[-1]),
+            fetch.per_tile(choice.shape[1]),
             fetch.per_query(heads, k_width),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
@@ -62,7 +64,7 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, slots, heads), jnp.float32),
         ],
-        scratch_shapes=fetch.buffers(choice.shape[-1], words),
+        scratch_shapes=[*fetch.buffers(indices.shape[-1], words), *tpu_softmax.memory(heads, k_width)],
         compiler_params=fetch.COMPILER,
         interpret=interpret,
         name="gather_attention",
@@ -70,22 +72,24 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
     return out[:, :length, :, :width], lse[:, :length]
 
 
-def _attend(chosen_ref, choice_ref, q_ref, words_ref, out_ref, lse_ref, buffer, arrived, *, scale, dtype, interpreted):
-    """QUERIES queries of one row, one after another."""
+def _attend(
+    chosen_ref, choice_ref, q_ref, words_ref, out_ref, lse_ref, here, there, arrived, *softmax,
+    scale, dtype, interpreted,
+):  # fmt: skip
+    """QUERIES queries of one row, one after another, tile by tile."""
 
-    def one(t, planes):
-        seen = choice_ref[0, pl.ds(t, 1)] >= 0
+    def one(t, i, planes):
         keys = fetch.numbers(planes, dtype, q_ref.shape[-1])
-        scores = _scores(q_ref[0, t], keys, seen, scale)
-        top = scores.max(axis=1, keepdims=True)
-        weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-        total = weights.sum(axis=1, keepdims=True)
-        out = jnp.dot(weights.astype(dtype), keys, preferred_element_type=jnp.float32)
-        out_ref[0, t] = (out / jnp.maximum(total, 1e-30)).astype(dtype)
-        lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
+        seen = choice_ref[0, i, pl.ds(t, 1)] >= 0
+        tpu_softmax.add(_scores(q_ref[0, t], keys, seen, scale), keys, softmax)
+
+    def behind(t):
+        out, lse = tpu_softmax.result(softmax)
+        out_ref[0, t] = out.astype(dtype)
         lse_ref[0, pl.ds(t, 1)] = lse.reshape(1, -1)
 
-    fetch.each_query(one, chosen_ref, words_ref, buffer, arrived, interpreted)
+    before = lambda t: tpu_softmax.begin(softmax)  # noqa: E731
+    fetch.each_tile(one, chosen_ref, words_ref, (here, there), arrived, interpreted, before, behind)
 
 
 def _scores(q, keys, seen, scale):
@@ -115,20 +119,20 @@ def backward(
 def _backward(entries, scale, interpret, indices, q, d_out, delta, lse):
     """Gradients of the queries [B, S, H, K] and of each query's chosen entries [B, S, k, K] float32."""
     length, width, count = q.shape[1], q.shape[3], indices.shape[-1]
-    words, (chosen, of_rows) = fetch.words_of(entries), fetch.rows_to_fetch(indices, entries.shape[1], fetch.UNROLL)
-    choice = fetch.whole_steps(indices, fetch.whole_lanes(indices.shape[-1]), fill=-1)
+    words, (chosen, of_rows) = fetch.words_of(entries), fetch.rows_to_fetch(indices, entries.shape[1])
+    choice = fetch.in_tiles(indices, fill=-1)
     k_width = words.shape[1] * fetch.LANES * 4 // q.dtype.itemsize
     q, d_out, delta, lse = (
         *(fetch.whole_steps(x, k_width) for x in (q, d_out)),
         *(fetch.whole_steps(x) for x in (delta, lse)),
     )
-    batch, slots, heads, _ = q.shape
+    (batch, slots, heads, _), tiles = q.shape, choice.shape[1]
     dq, d_keys = pl.pallas_call(
         functools.partial(_differentiate, scale=scale, dtype=q.dtype, interpreted=bool(interpret)),
         grid=(batch, slots // fetch.QUERIES),
         in_specs=[
             of_rows,
-            fetch.per_query(choice.shape[-1]),
+            fetch.per_tile(tiles),
             fetch.per_query(heads, k_width),
             fetch.per_query(heads, k_width),
             fetch.per_query(heads),
@@ -138,11 +142,12 @@ def _backward(entries, scale, interpret, indices, q, d_out, delta, lse):
         out_specs=[fetch.per_query(heads, k_width), pl.BlockSpec(memory_space=pl.ANY)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, slots, choice.shape[-1], k_width), jnp.float32),
+            jax.ShapeDtypeStruct((batch, slots, tiles * fetch.TILE, k_width), jnp.float32),
         ],
         scratch_shapes=[
-            *fetch.buffers(choice.shape[-1], words),
-            pltpu.VMEM((2, choice.shape[-1], k_width), jnp.float32),
+            *fetch.buffers(count, words),
+            pltpu.VMEM((heads, k_width), jnp.float32),
+            pltpu.VMEM((2, tiles * fetch.TILE, k_width), jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=fetch.COMPILER,
@@ -154,22 +159,30 @@ def _backward(entries, scale, interpret, indices, q, d_out, delta, lse):
 
 def _differentiate(
     chosen_ref, choice_ref, q_ref, d_out_ref, delta_ref, lse_ref, words_ref, dq_ref, d_keys_ref,
-    buffer, arrived, leaving, left, *, scale, dtype, interpreted,
+    here, there, arrived, to_queries, leaving, left, *, scale, dtype, interpreted,
 ):  # fmt: skip
     """Gradients of QUERIES queries; those of their entries leave by DMA while the next query computes."""
 
-    def one(t, planes):
-        seen = choice_ref[0, pl.ds(t, 1)] >= 0
+    def before(t):
+        fetch.await_left(t, leaving, d_keys_ref, left)
+        to_queries[...] = jnp.zeros_like(to_queries)
+
+    def one(t, i, planes):
+        seen = choice_ref[0, i, pl.ds(t, 1)] >= 0
         keys = fetch.numbers(planes, dtype, q_ref.shape[-1])
         q, d_out = q_ref[0, t], d_out_ref[0, t]
         weights = jnp.where(seen, jnp.exp(_scores(q, keys, seen, scale) - fetch.column(lse_ref, t)), 0.0)
         d_weights = jax.lax.dot_general(d_out, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - fetch.column(delta_ref, t)) * scale).astype(dtype)
-        dq_ref[0, t] = jnp.dot(d_scores, keys, preferred_element_type=jnp.float32).astype(dtype)
+        to_queries[...] += jnp.dot(d_scores, keys, preferred_element_type=jnp.float32)
         over_heads = (((0,), (0,)), ((), ()))
         d_keys = jax.lax.dot_general(d_scores, q, over_heads, preferred_element_type=jnp.float32)
         d_keys += jax.lax.dot_general(weights.astype(dtype), d_out, over_heads, preferred_element_type=jnp.float32)
-        fetch.leave(t, d_keys, leaving, d_keys_ref, left)
+        fetch.keep(t, i, d_keys, leaving)
 
-    fetch.each_query(one, chosen_ref, words_ref, buffer, arrived, interpreted)
-    fetch.await_left(leaving, d_keys_ref, left)
+    def behind(t):
+        dq_ref[0, t] = to_queries[...].astype(dtype)
+        fetch.leave(t, leaving, d_keys_ref, left)
+
+    fetch.each_tile(one, chosen_ref, words_ref, (here, there), arrived, interpreted, before, behind)
+    fetch.await_all_left(leaving, d_keys_ref, left)

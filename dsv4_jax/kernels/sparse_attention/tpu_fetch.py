@@ -23,8 +23,8 @@ from dsv4_jax.kernels.chunks import join, split
 LANES = 128
 QUERIES = 8  # per step of the grid; the first fetch of each step is not hidden
 BACKWARD_QUERIES = 64  # whose entries' gradients, [k, K] float32 each, exist at once
-UNROLL = 16  # row DMAs per step of the loop that issues them
-TILE = 128  # entries whose sums are computed, and row DMAs issued, in one block of instructions
+UNROLL = 16  # row DMAs whose numbers are loaded together
+TILE = 256  # entries that are computed with, while about as many row DMAs are issued, in one block of instructions
 VMEM_BYTES = 56 << 20  # a tpu7x core has 64 MiB, and the compiler keeps some
 
 COMPILER = pltpu.CompilerParams(
@@ -37,7 +37,23 @@ def per_query(*last: int, **memory: Any) -> pl.BlockSpec:
     return pl.BlockSpec((1, QUERIES, *last), lambda b, i: (b, i, *(0 for _ in last)), **memory)
 
 
-def rows_to_fetch(indices: jax.Array, entries: int, multiple: int) -> tuple[jax.Array, pl.BlockSpec]:
+def per_tile(tiles: int) -> pl.BlockSpec:
+    """QUERIES queries' numbers of a tile, of all tiles: blocks of what `in_tiles` gives."""
+    return pl.BlockSpec((1, tiles, QUERIES, TILE), lambda b, i: (b, 0, i, 0))
+
+
+def tiles_of(choices: int) -> int:
+    """Tiles that a query's choices take."""
+    return -(-choices // TILE)
+
+
+def in_tiles(x: jax.Array, fill: int = 0) -> jax.Array:
+    """Numbers of choices [B, S, k] as [B, tiles, S, TILE], `fill` in what is no choice."""
+    x = whole_steps(x, tiles_of(x.shape[-1]) * TILE, fill)
+    return x.reshape(*x.shape[:2], -1, TILE).swapaxes(1, 2)
+
+
+def rows_to_fetch(indices: jax.Array, entries: int) -> tuple[jax.Array, pl.BlockSpec]:
     """Where the rows of each query's choice begin in `words_of`, and how QUERIES queries' lie in scalar memory.
 
     What is fetched for an unused choice is some entry: nothing checks the addresses of a DMA.
@@ -45,95 +61,99 @@ def rows_to_fetch(indices: jax.Array, entries: int, multiple: int) -> tuple[jax.
     Args:
         indices: int32 [B, S, k], -1 is unused.
         entries: T.
-        multiple: as many rows are fetched together.
 
     Returns:
         int32 [B, S / QUERIES, 1, QUERIES * k], S and k padded. In scalar memory they lie one behind the other, so that
         few instructions find the next one.
     """
-    indices = whole_steps(indices, indices.shape[-1] + -indices.shape[-1] % multiple)
+    count, together = indices.shape[-1], tiles_of(indices.shape[-1]) * UNROLL
+    indices = whole_steps(indices, count + -count % together)
     batch, slots, count = indices.shape
     rows = jnp.clip(indices, 0, entries - 1) + entries * jnp.arange(batch, dtype=jnp.int32)[:, None, None]
     block = pl.BlockSpec((1, 1, 1, QUERIES * count), lambda b, i: (b, i, 0, 0), memory_space=pltpu.SMEM)
     return rows.reshape(batch, slots // QUERIES, 1, QUERIES * count), block
 
 
-def each_query(use, chosen_ref, words_ref, buffer, arrived, interpreted) -> None:
-    """`use(t, planes [w, k, 128])` for each query, while the entries of the next one are on their way."""
-    fetched = chosen_ref.shape[-1] // QUERIES
+def each_tile(
+    use, chosen_ref, words_ref, buffers, arrived, interpreted, before=lambda t: None, behind=lambda t: None
+) -> None:
+    """`use(t, i, planes [w, TILE, 128])` for each query and tile i of its entries, while those of the next one arrive.
 
-    def fetch(t):
-        part = lambda i, _: _fetch(t, i * UNROLL, UNROLL, chosen_ref, words_ref, buffer, arrived)  # noqa: E731
-        jax.lax.fori_loop(0, fetched // UNROLL, part, None)
-
-    def step(t, _):
-        pl.when(t + 1 < QUERIES)(lambda: fetch(t + 1))
-        _await(t, fetched, buffer, arrived)
-        use(t, _planes(t, slice(None), buffer, interpreted))
-
-    if fetched < buffer.shape[2]:  # a weight of zero times what memory happens to hold could be NaN
-        rest = buffer.at[:, :, fetched:]
-        rest[...] = jnp.zeros(rest.shape, jnp.uint32)
-    fetch(0)
-    jax.lax.fori_loop(0, QUERIES, step, None)
-
-
-def each_tile(use, chosen_ref, words_ref, buffer, arrived, interpreted) -> None:
-    """`use(t, i, planes [w, TILE, 128])` for each query and tile i of its entries.
-
-    The DMAs of a tile of the next query's entries are issued between the instructions of `use`. For sums of which each
-    entry has its own; a query has whole tiles.
+    DMAs are issued between the instructions of `use`. The buffers are arrays of their own, so that the compiler knows
+    that DMAs into one do not touch the other. `before(t)` comes before the tiles of a query, `behind(t)` behind them.
     """
+    tiles = buffers[0].shape[1] // TILE
     fetched = chosen_ref.shape[-1] // QUERIES
+    share = fetched // tiles
 
-    def fetch(t, i):
-        _fetch(t, i * TILE, TILE, chosen_ref, words_ref, buffer, arrived)
+    def fetch(t, slot, i):
+        _fetch(t, i * share, share, chosen_ref, words_ref, buffers[slot], arrived.at[slot])
 
-    def step(t, more):
+    def step(t, slot, more):
         def tile(i, _):
-            planes = _planes(t, pl.ds(pl.multiple_of(i * TILE, TILE), TILE), buffer, interpreted)
+            planes = _planes(buffers[slot], i * TILE, interpreted)
             if more:  # in one block with the instructions of `use`: a branch would part them
-                fetch(t + 1, i)
+                fetch(t + 1, 1 - slot, i)
             use(t, i, planes)
 
-        _await(t, fetched, buffer, arrived)
-        jax.lax.fori_loop(0, fetched // TILE, tile, None)
+        before(t)
+        _await(fetched, buffers[slot], arrived.at[slot])
+        jax.lax.fori_loop(0, tiles, tile, None)
+        behind(t)
 
-    jax.lax.fori_loop(0, fetched // TILE, lambda i, _: fetch(0, i), None)
-    jax.lax.fori_loop(0, QUERIES - 1, lambda t, _: step(t, True), None)
-    step(QUERIES - 1, False)
+    def pair(n, _):
+        step(2 * n, 0, True)
+        step(2 * n + 1, 1, True)
+
+    if fetched < tiles * TILE:  # a weight of zero times what memory happens to hold could be NaN
+        for buffer in buffers:
+            rest = buffer.at[:, fetched:]
+            rest[...] = jnp.zeros(rest.shape, jnp.uint32)
+    jax.lax.fori_loop(0, tiles, lambda i, _: fetch(0, 0, i), None)
+    jax.lax.fori_loop(0, QUERIES // 2 - 1, pair, None)
+    step(QUERIES - 2, 0, True)
+    step(QUERIES - 1, 1, False)
 
 
 def _fetch(t, first, count, chosen_ref, words_ref, buffer, arrived) -> None:
     """Starts the DMAs of `count` rows that query t chose, from its place `first` on."""
     at = t * (chosen_ref.shape[-1] // QUERIES) + first
-    entries = [chosen_ref[0, 0, 0, at + j] for j in range(count)]  # all before the first DMA, which loads cannot pass
-    for j, entry in enumerate(entries):
-        pltpu.make_async_copy(words_ref.at[entry], buffer.at[t % 2, :, first + j], arrived.at[t % 2]).start()
+    for some in range(0, count, UNROLL):
+        entries = [chosen_ref[0, 0, 0, at + some + j] for j in range(UNROLL)]  # before a DMA, which loads cannot pass
+        for j, entry in enumerate(entries):
+            pltpu.make_async_copy(words_ref.at[entry], buffer.at[:, first + some + j], arrived).start()
 
 
-def _await(t, fetched, buffer, arrived) -> None:
-    """Waits for the rows of query t. A semaphore counts bytes: one wait for as many as all rows have."""
-    rows = buffer.at[t % 2, :, :fetched]
-    pltpu.make_async_copy(rows, rows, arrived.at[t % 2]).wait()
+def _await(fetched, buffer, arrived) -> None:
+    """Waits for the rows of a query. A semaphore counts bytes: one wait for as many as all rows have."""
+    rows = buffer.at[:, :fetched]
+    pltpu.make_async_copy(rows, rows, arrived).wait()
 
 
-def _planes(t, at, buffer, interpreted):
-    """Planes [w, n, 128] of query t: the same memory seen as dense matrices. The interpreter has no such views."""
-    shape = buffer.shape[1:3]
+def _planes(buffer, first, interpreted):
+    """Planes [w, TILE, 128]: the same memory seen as dense matrices. The interpreter has no such views."""
+    planes, at = buffer.shape[:2], pl.ds(pl.multiple_of(first, TILE), TILE)
     if interpreted:
-        return buffer[t % 2, :, at].reshape(shape[0], -1, LANES)
-    return buffer.reshape(2, *shape, LANES)[t % 2, :, at]
+        return buffer[:, at].reshape(planes[0], TILE, LANES)
+    return buffer.reshape(*planes, LANES)[:, at]
 
 
-def leave(t, rows, buffer, rows_ref, left) -> None:
-    """The gradients [k, K] of the rows that query t chose leave by DMA, while the next query computes."""
-    pl.when(t >= 2)(_leaving(t - 2, buffer, rows_ref, left).wait)
-    buffer[t % 2] = rows
+def keep(t, i, rows, buffer) -> None:
+    """The gradients [TILE, K] of a tile of the rows that query t chose, until all of them leave."""
+    buffer[t % 2, pl.ds(pl.multiple_of(i * TILE, TILE), TILE)] = rows
+
+
+def leave(t, buffer, rows_ref, left) -> None:
+    """The gradients of the rows that query t chose leave by DMA, while the next query computes."""
     _leaving(t, buffer, rows_ref, left).start()
 
 
-def await_left(buffer, rows_ref, left) -> None:
+def await_left(t, buffer, rows_ref, left) -> None:
+    """Waits until there is room for the gradients of the rows that query t chose."""
+    pl.when(t >= 2)(_leaving(t - 2, buffer, rows_ref, left).wait)
+
+
+def await_all_left(buffer, rows_ref, left) -> None:
     """Waits for the last rows that were given to `leave`."""
     for t in (QUERIES - 2, QUERIES - 1):
         _leaving(t, buffer, rows_ref, left).wait()
@@ -162,7 +182,7 @@ def numbers(planes, dtype, width):
 def buffers(choices: int, words: jax.Array) -> list[Any]:
     """Two buffers for the rows that one query chose, and a semaphore for each."""
     return [
-        pltpu.VMEM((2, words.shape[1], choices, 1, LANES), jnp.uint32),
+        *[pltpu.VMEM((words.shape[1], tiles_of(choices) * TILE, 1, LANES), jnp.uint32)] * 2,
         pltpu.SemaphoreType.DMA((2,)),
     ]
 

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels.pages import Pages
-from dsv4_jax.kernels.sparse_attention import tpu_words
+from dsv4_jax.kernels.sparse_attention import tpu_softmax, tpu_words
 from dsv4_jax.kernels.sparse_attention.tpu_words import PIECES
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
@@ -28,7 +28,6 @@ TILE = 256  # entries
 FEW_QUERIES = 8  # of a sequence; XLA serves the chunks of prompts
 UNROLL = 64  # entries whose row DMAs a step of a loop issues: their rows' numbers are 128 words of scalar memory
 CORES = 2  # of a v5p chip, which share the grid's first axis; others go through it in order
-NEVER = -1e30  # a score that no query sees; its weight is exactly zero
 
 _COMPILER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True)
 
@@ -166,39 +165,26 @@ def _rows(buffer, slot, interpreted):
 
 def begin(q_ref, storage, softmax) -> None:
     """Nothing seen yet by the queries [1, H, K]."""
-    planes_ref, top_ref, total_ref, sum_ref = softmax
+    planes_ref, *sums = softmax
     planes_ref[...] = tpu_words.as_planes(q_ref[0].astype(jnp.float32), storage).astype(planes_ref.dtype)
-    top_ref[...] = jnp.full_like(top_ref, NEVER)
-    total_ref[...] = jnp.zeros_like(total_ref)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
+    tpu_softmax.begin(sums)
 
 
 def add(keys, seen, scale, softmax) -> None:
     """Keys [n, K], of which the queries see `seen` [H or 1, n]."""
-    planes_ref, top_ref, total_ref, sum_ref = softmax
+    planes_ref, *sums = softmax
     q = planes_ref[...]
     scores = jax.lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, scores * scale, NEVER)
-    before = top_ref[:, :1]
-    top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-    weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
-    kept = jnp.exp(before - top)
-    total = kept * total_ref[:, :1] + weights.sum(axis=1, keepdims=True)
-    sum_ref[...] = kept * sum_ref[...] + jnp.dot(weights.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
-    top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
-    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+    tpu_softmax.add(jnp.where(seen, scores * scale, tpu_softmax.NEVER), keys, sums)
 
 
 def finish(storage, softmax, out_ref, lse_ref) -> None:
     """Outputs [1, H, K] and log-sum-exp [1, 1, H]."""
-    _, top_ref, total_ref, sum_ref = softmax
-    total = total_ref[:, :1]
-    out_ref[0] = tpu_words.from_planes(sum_ref[...] / jnp.maximum(total, 1e-30), storage).astype(out_ref.dtype)
-    lse = jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
+    out, lse = tpu_softmax.result(softmax[1:])
+    out_ref[0] = tpu_words.from_planes(out, storage).astype(out_ref.dtype)
     lse_ref[0] = lse.reshape(1, -1)
 
 
 def softmax_of(heads: int, width: int, dtype: Any) -> list[Any]:
-    """Memory of a softmax in progress: queries in planes [H, K]; of each head maximum, total [H, 128], sum [H, K]."""
-    sums = [pltpu.VMEM((heads, columns), jnp.float32) for columns in (LANES, LANES, width)]
-    return [pltpu.VMEM((heads, width), dtype), *sums]
+    """Memory of a softmax in progress, behind the queries in planes [H, K]."""
+    return [pltpu.VMEM((heads, width), dtype), *tpu_softmax.memory(heads, width)]

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.kernels.sparse_attention import bands
+from dsv4_jax.kernels.sparse_attention import bands, tpu_softmax
 from dsv4_jax.kernels.sparse_attention.bands import Band, tiles_seen, tiles_seen_by
+from dsv4_jax.kernels.sparse_attention.tpu_softmax import NEVER
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
 LANES = 128
 SUBLANES = 8
-NEVER = -1e30  # a score that no query sees; its weight is exactly zero
 VMEM_BYTES = 56 << 20  # a tpu7x core has 64 MiB, and the compiler keeps some
 SCALARS = 1 << 16  # tiles of queries whose first and last tile fit into scalar memory
 
@@ -63,11 +63,7 @@ def forward(
             grid=(batch, slots // bands.QUERIES, band.steps(tiles)),
             in_specs=[_bounds_of(), _queries(rows, k_width), _entries_seen(band.tile, k_width)],
             out_specs=[_queries(rows, k_width), _queries(rows)],
-            scratch_shapes=[
-                pltpu.VMEM((bands.QUERIES * rows, LANES), jnp.float32),
-                pltpu.VMEM((bands.QUERIES * rows, LANES), jnp.float32),
-                pltpu.VMEM((bands.QUERIES * rows, k_width), jnp.float32),
-            ],
+            scratch_shapes=tpu_softmax.memory(bands.QUERIES * rows, k_width),
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -80,36 +76,22 @@ def forward(
     return out[:, :length, :heads, :width], lse[:, :length, :heads]
 
 
-def _attend(first_ref, count_ref, bounds_ref, q_ref, entries_ref, out_ref, lse_ref, top_ref, total_ref, sum_ref, *,
-            scale, tile):  # fmt: skip
+def _attend(first_ref, count_ref, bounds_ref, q_ref, entries_ref, out_ref, lse_ref, *softmax, scale, tile):
     """One tile of entries for one tile of queries: the running maximum, total and weighted sum of each row."""
     b, i, j = (pl.program_id(axis) for axis in range(3))
 
-    @pl.when(j == 0)
-    def _():
-        top_ref[...] = jnp.full_like(top_ref, NEVER)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+    pl.when(j == 0)(lambda: tpu_softmax.begin(softmax))
 
     @pl.when(j < count_ref[b, i])
     def _():
         keys = entries_ref[0]
         scores = _scores(_rows(q_ref), keys, bounds_ref, (first_ref[b, i] + j) * tile, scale)
-        before = top_ref[:, :1]
-        top = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-        weights = jnp.where(scores > NEVER, jnp.exp(scores - top), 0.0)
-        kept = jnp.exp(before - top)
-        total = kept * total_ref[:, :1] + weights.sum(axis=1, keepdims=True)
-        sum_ref[...] = kept * sum_ref[...] + _dot(weights.astype(keys.dtype), keys, 1, 0)
-        top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
-        total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+        tpu_softmax.add(scores, keys, softmax)
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        total = total_ref[:, :1]
-        out = sum_ref[...] / jnp.maximum(total, 1e-30)
+        out, lse = tpu_softmax.result(softmax)
         out_ref[0] = out.astype(out_ref.dtype).reshape(out_ref.shape[1:])
-        lse = jnp.where(total > 0, top_ref[:, :1] + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
         heads = lse_ref.shape[-1]
         for t in range(bands.QUERIES):
             lse_ref[0, t : t + 1] = lse[t * heads : (t + 1) * heads].reshape(1, -1)

@@ -92,25 +92,20 @@ def backward(
     first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * count
     rows, index = entries.reshape(-1, width), jnp.where(indices >= 0, indices + first, -1)
 
-    by_head = q, d_out.astype(q.dtype), lse, delta
-    choice = Chosen(*in_tiles(index.reshape(-1, index.shape[-1]), 1))
-    d_q = d_queries(*_put_together(by_head), rows, choice, scale, interpret)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    d_out, choice = d_out.astype(q.dtype), Chosen(*in_tiles(flat(index), 1))
+    d_q = d_queries(flat(q), flat(d_out), flat(lse), flat(delta), rows, choice, scale, interpret)
 
     def one(d_entries: jax.Array, args: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        *of_queries, index = _put_together(args)
+        q, d_out, lse, delta, index = map(flat, args)
         choice = Chosen(*in_tiles(index, 1))
-        gradients = d_rows(*of_queries, rows, choice, scale, interpret).reshape(-1, width)
+        gradients = d_rows(q, d_out, lse, delta, rows, choice, scale, interpret).reshape(-1, width)
         return sum_by_row(gradients, choice.index.reshape(-1), d_entries, interpret), None
 
     chunk = min(BACKWARD_QUERIES, q.shape[1])
-    parts = *split(by_head, chunk), split(index, chunk, fill=-1)
+    parts = *split((q, d_out, lse, delta), chunk), split(index, chunk, fill=-1)
     d_entries, _ = jax.lax.scan(one, jnp.zeros(rows.shape, jnp.float32), parts)
     return d_q.reshape(q.shape)[:, :, :heads], d_entries.reshape(entries.shape).astype(entries.dtype)
-
-
-def _put_together(of_queries: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Arrays [B, S, ..] as [B * S, ..]."""
-    return [x.reshape(-1, *x.shape[2:]) for x in of_queries]
 
 
 def supports_pages(q: jax.Array, pages: Pages) -> bool:

@@ -144,12 +144,12 @@ def _d_queries(q_ref, d_out_ref, lse_ref, delta_ref, rows_ref, *refs, tree, grou
         def step(i, _):
             unseen = [mine.unseen(i, OVER_ROWS, interpret, first, PART) for first in PARTS]  # while scores are computed
             plgpu.barrier_wait(here.scored)
-            parts = load_parts(here.scores)
+            parts = zip(load_parts(here.scores), unseen, strict=True)
             plgpu.barrier_arrive(here.read)
-            found = [weigh(*x, here.exchange, lse, delta, scale, interpret) for x in zip(parts, unseen, strict=True)]
+            d_scores = [weigh(x, added, here.exchange, lse, delta, scale, interpret)[1] for x, added in parts]
             pl.when(i > 0)(lambda: plgpu.barrier_wait(here.added))
-            for first, x in zip(PARTS, found, strict=True):
-                store_transposed(x[1], here.d_scores.at[pl.ds(first, PART)], WGMMA_T, interpret)
+            for first, x in zip(PARTS, d_scores, strict=True):
+                store_transposed(x, here.d_scores.at[pl.ds(first, PART)], WGMMA_T, interpret)
             plgpu.commit_smem()
             plgpu.barrier_arrive(here.weighed)
             return _

@@ -171,12 +171,12 @@ def _d_entries(q_ref, d_out_ref, lse_ref, delta_ref, rows_ref, *refs, tree, scal
             query, group = place(i)
             lse = load(lse_ref.at[query, group], OVER_COLUMNS, interpret)
             delta = load(delta_ref.at[query, group], OVER_COLUMNS, interpret)
-            unseen = [seen.unseen(program, n, query, begin, PART, OVER_ROWS, interpret) for begin in PARTS]
+            unseen = [seen.unseen(program, n, query, first, PART, OVER_ROWS, interpret) for first in PARTS]
             plgpu.barrier_wait(here.scored)  # and the product with the last factors is done
-            for begin, *x in zip(PARTS, load_parts(here.scores), unseen, strict=True):
-                weights, d_scores = weigh(*x, here.exchange, lse, delta, scale, interpret)
+            for first, x, added in zip(PARTS, load_parts(here.scores), unseen, strict=True):
+                weights, d_scores = weigh(x, added, here.exchange, lse, delta, scale, interpret)
                 for row, factors in ((0, d_scores), (HEADS, weights)):
-                    to = here.factors.at[pl.ds(begin, PART), pl.ds(row, HEADS)]
+                    to = here.factors.at[pl.ds(first, PART), pl.ds(row, HEADS)]
                     store_transposed(factors, to, WGMMA_T, interpret)
             plgpu.commit_smem()
             plgpu.barrier_arrive(here.weighed)
@@ -192,8 +192,8 @@ def _copy_heads(q_ref, d_out_ref, place, before, count, here):
         query, group = place(i)
         for block in range(here.x.shape[0]):
             pl.when(before + i > 0)(partial(plgpu.barrier_wait, here.used.at[block]))
-            heads = (ref.at[query, group, :, block] for ref in (q_ref, d_out_ref))
-            copy_heads(*heads, here.x.at[block], here.x_here.at[block])
+            columns = query, group, slice(None), block
+            copy_heads(q_ref.at[columns], d_out_ref.at[columns], here.x.at[block], here.x_here.at[block])
         return _
 
     lax.fori_loop(0, count, step, None)
@@ -224,8 +224,10 @@ def _multiply(n, count, stay, here):
 
 
 def _write(count, d_entries_ref, here, interpret):
-    """A tile's gradient; where nobody saw it no product has been written."""
+    """A tile's gradient; where nobody saw it no product has been written.
+
+    That it has been read from tensor memory is waited for with the scores of the next tile.
+    """
     for block in range(here.x.shape[0]):
         x = plgpu.async_load_tmem(here.d_entries.at[:, pl.ds(block * ENTRIES, ENTRIES)])
         store_transposed(jnp.where(count > 0, x, 0.0), d_entries_ref.at[:, block], TCGEN05_T, interpret)
-    plgpu.wait_load_tmem()

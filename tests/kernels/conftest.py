@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv4_jax.kernels.sparse_attention import tpu_fetch
+from dsv4_jax.kernels.sparse_attention import gpu, tpu_fetch
 
 INTERPRETER = "jax._src.pallas.mosaic_gpu.interpret"  # not public in jax 0.10
 
@@ -22,7 +22,12 @@ def small_fetches(monkeypatch):
 
 
 @pytest.fixture
-def tensor_memory(interpreter):
+def blackwell(monkeypatch):
+    monkeypatch.setattr(gpu, "is_blackwell", lambda: True)
+
+
+@pytest.fixture
+def tensor_memory(interpreter, blackwell):
     """Parameters of an interpreter with Blackwell's tensor memory, which fails where it finds a race."""
     if not hasattr(pytest.importorskip(f"{INTERPRETER}.gpu_callbacks"), "tcgen05_mma"):
         pytest.skip("the interpreter of this jax has no tensor memory")

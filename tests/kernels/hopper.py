@@ -63,5 +63,5 @@ def compile_for(chip, function, *shapes):
 
 
 def spilled(printed):
-    """Bytes per thread that ptxas says it stored for want of registers, of every kernel it compiled."""
-    return [int(count) for count in re.findall(r"(\d+) bytes spill stores", printed.out + printed.err)]
+    """Bytes per thread that ptxas says it stored for want of registers, of every kernel; printed in one text or two."""
+    return [int(count) for count in re.findall(r"(\d+) bytes spill stores", "".join(printed))]

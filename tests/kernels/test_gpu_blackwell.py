@@ -1,34 +1,22 @@
 """The kernel for Blackwell in interpret mode, with tensor memory; that its programs compile for a B200."""
 
-import os
 import re
-import tempfile
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper import CALL, arrays, bf16, close, compile_for, int32, spilled
+from blackwell import compiled
+from hopper import arrays, bf16, close, int32, spilled
 from test_gpu_kernels import SCALE, operands, stated
 
 from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import ByPart
-from dsv4_jax.kernels.sparse_attention import bands, entries, gpu, gpu_range, paged, reference, xla
+from dsv4_jax.kernels.sparse_attention import bands, gpu, gpu_range, paged, reference
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 from tests.sharding.devices import on_devices
-
-
-@pytest.fixture
-def blackwell(monkeypatch):
-    monkeypatch.setattr(gpu, "is_blackwell", lambda: True)
-
-
-@pytest.fixture
-def tensor_memory(tensor_memory, blackwell):
-    return tensor_memory
 
 
 @pytest.mark.parametrize(
@@ -118,34 +106,6 @@ def test_only_on_blackwell_and_only_when_asked_for(choice, capability, expected,
     assert platforms.is_blackwell() == expected
 
 
-def test_gradients_are_left_to_xla(blackwell, monkeypatch):
-    monkeypatch.setattr(entries, "is_blackwell", lambda: True)
-    of = lambda name: entries._kernels(name, bf16(1, 8, 128, 512), bf16(1, 99, 512), SCALE, None, True)  # noqa: E731
-    assert "gpu" in of("forward") and "gpu" not in of("backward")
-
-
-@pytest.mark.parametrize("segments", [None, [[0] * 5 + [1] * 15]], ids=["one", "documents"])
-def test_the_gradient_of_a_window_is_that_of_xla(segments, monkeypatch):
-    """In a loop, whose steps are differentiated after they have been traced."""
-    rng = np.random.default_rng(4)
-    q, kv = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 20, 2, 8), (1, 20, 8)))
-    segments = None if segments is None else jnp.asarray(segments)
-
-    def gradients(window):
-        def loss(q, kv):
-            step = lambda total, _: (total + sum(x.sum() for x in jax.checkpoint(window)(q, kv)), None)  # noqa: E731
-            return jax.lax.scan(step, 0.0, length=2)[0]
-
-        return jax.jit(jax.grad(loss, (0, 1)))(q, kv)
-
-    wanted = gradients(lambda q, kv: xla.window_attention(q, kv, segments, 4, SCALE))
-    monkeypatch.setattr(entries, "_attend", lambda q, *_: (jnp.zeros_like(q), jnp.zeros(q.shape[:3])))
-    for found, exact in zip(
-        gradients(lambda q, kv: entries._window_by_kernel(q, kv, segments, None, 4, SCALE)), wanted, strict=True
-    ):
-        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
-
-
 def chosen(length, heads, count):
     shapes = bf16(1, length, heads, 512), bf16(1, 4096, 512), int32(1, length, count)
     return lambda *x: gpu.forward(*x, SCALE), arrays("b200", *shapes)
@@ -158,41 +118,13 @@ def cached(storage, ranges):
     return lambda *x: forward(*x, SCALE), arrays("b200", bf16(8, 1, 128, 512), pages, choice)
 
 
-def compiled(program, *given):
-    """How many kernels a program for a B200 has, its memory, and what the compilers print."""
-    os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    gpu.is_blackwell = lambda: True
-    function, shapes = program(*given)
-    with tempfile.TemporaryFile("w+") as file, redirected(file):
-        found = compile_for("b200", function, *shapes)
-        file.seek(0)
-        printed = file.read()
-    memory = found.memory_analysis()
-    sizes = memory.temp_size_in_bytes, memory.argument_size_in_bytes
-    return found.as_text().count(CALL), *sizes, printed
-
-
-@contextmanager
-def redirected(file):
-    """What the process prints, compilers included, goes into the file."""
-    before = [os.dup(descriptor) for descriptor in (1, 2)]
-    try:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-        yield
-    finally:
-        for descriptor, old in zip((1, 2), before, strict=True):
-            os.dup2(old, descriptor)
-            os.close(old)
-
-
 # In processes of their own: the compiler of kernels keeps to the first architecture that a process compiles for.
 @pytest.mark.aot
 @pytest.mark.parametrize(("length", "heads"), [(64, 128), (64, 64), (1, 128)], ids=["pro", "flash", "decode"])
 def test_the_kernel_compiles_for_blackwell(length, heads):
     kernels, _, _, printed = on_devices(1, compiled, chosen, length, heads, 1024)
     assert kernels == 1 and "for 'sm_100a'" in printed
-    assert max(spilled(SimpleNamespace(out=printed, err="")), default=0) <= 64
+    assert max(spilled(printed), default=0) <= 64
 
 
 @pytest.mark.aot
@@ -201,7 +133,7 @@ def test_the_kernel_compiles_for_blackwell(length, heads):
 def test_entries_of_a_cache_are_read_where_they_lie(storage, ranges):
     kernels, temporary, arguments, printed = on_devices(1, compiled, cached, storage, ranges)
     assert kernels == 1 and 8 * temporary < arguments
-    assert max(spilled(SimpleNamespace(out=printed, err="")), default=0) <= 64
+    assert max(spilled(printed), default=0) <= 64
 
 
 @pytest.mark.aot

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.platforms import by_platform, compiled_for, is_blackwell, kernels_allowed
+from dsv4_jax.kernels.platforms import by_platform, compiled_for, kernels_allowed
 from dsv4_jax.kernels.sparse_attention import bands, gpu, gpu_range, tpu, tpu_range, xla
 from dsv4_jax.kernels.sparse_attention.bands import RANGE, Band
 from dsv4_jax.kernels.sparse_attention.xla import Branch
@@ -45,40 +45,11 @@ def window_attention(
         return plain(q, kv)
 
     def kernel(q: jax.Array, kv: jax.Array) -> Branch:
-        if is_blackwell():
-            return _window_by_kernel(q, kv, segment_ids, positions, window, scale)
         bounds = window_bounds(q.shape[0], q.shape[1], segment_ids, window, positions)
         return _attend(q, kv, bounds, scale, window_band(window), True)
 
     # Recomputed when differentiated: otherwise each backend would keep zeros in place of what the other one keeps.
     return jax.checkpoint(lambda q, kv: by_platform(q, kv, xla=plain, tpu=kernel, gpu=kernel))(q, kv)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _window_by_kernel(
-    q: jax.Array,
-    kv: jax.Array,
-    segment_ids: jax.Array | None,
-    positions: jax.Array | None,
-    window: int,
-    scale: float,
-) -> Branch:
-    """`window_attention` by a kernel, with XLA's gradient of windows: that of ranges multiplies all entries."""
-    bounds = window_bounds(q.shape[0], q.shape[1], segment_ids, window, positions)
-    return _attend(q, kv, bounds, scale, window_band(window), True)
-
-
-def _window_fwd(q, kv, segment_ids, positions, window, scale):
-    return _window_by_kernel(q, kv, segment_ids, positions, window, scale), (q, kv, segment_ids, positions)
-
-
-def _window_bwd(window, scale, saved, cotangents):
-    q, kv, segment_ids, positions = saved
-    plain = lambda q, kv: xla.window_attention(q, kv, segment_ids, window, scale, positions)  # noqa: E731
-    return *jax.vjp(plain, q, kv)[1](cotangents), None, None
-
-
-_window_by_kernel.defvjp(_window_fwd, _window_bwd)
 
 
 def window_band(window: int) -> Band:
@@ -134,8 +105,6 @@ def _kernels(
 ) -> dict[str, Callable[..., Any]]:
     """The kernels that take these operands, by platform; `name` is "forward" or "backward"."""
     backends = {"tpu": tpu, "gpu": gpu} if band is None else {"tpu": tpu_range, "gpu": gpu_range}
-    if name == "backward" and is_blackwell():  # for which there is no kernel yet
-        del backends["gpu"]
     options = {"scale": scale} if band is None else {"scale": scale, "band": band}
     taking = {platform: x for platform, x in backends.items() if allowed and x.supports(q, entries)}
     return {platform: partial(getattr(backend, name), **options) for platform, backend in taking.items()}

@@ -3,7 +3,7 @@
 All heads of a query share its entries, so 64 heads are the rows of a product, and an entry that was fetched once is
 used as key and as value. A program has 64 heads of one query; where queries are few, of one part of its entries, and
 the parts are then merged in a fixed order. One warpgroup copies entries into one of two tiles in shared memory while
-two others compute on the other tile. Blackwell has other products, and a forward kernel of its own: `gpu_blackwell.py`.
+two others compute on the other tile. Blackwell has other products, and kernels of its own: `gpu_blackwell*.py`.
 
 The kernels are imported where they are traced: not every jaxlib has Mosaic GPU.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.chunks import join, split
+from dsv4_jax.kernels.chunks import split
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.platforms import is_blackwell, is_hopper
 from dsv4_jax.kernels.pools import ByPart
@@ -76,8 +76,14 @@ def backward(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of q and entries, in their dtypes, from what `forward` was given and returned."""
-    from dsv4_jax.kernels.sparse_attention.gpu_backward import d_queries, d_rows, sum_by_row
+    from dsv4_jax.kernels.sparse_attention.gpu_backward import sum_by_row
     from dsv4_jax.kernels.sparse_attention.gpu_choice import Chosen
+
+    if is_blackwell():
+        from dsv4_jax.kernels.sparse_attention.gpu_blackwell_backward import d_queries
+        from dsv4_jax.kernels.sparse_attention.gpu_blackwell_entries import d_rows
+    else:
+        from dsv4_jax.kernels.sparse_attention.gpu_backward import d_queries, d_rows
 
     heads, (batch, count, width) = q.shape[2], entries.shape
     q, out, lse, d_out, d_lse = in_products(q, out, lse, d_out, d_lse)
@@ -86,17 +92,20 @@ def backward(
     first = jnp.arange(batch, dtype=jnp.int32)[:, None, None] * count
     rows, index = entries.reshape(-1, width), jnp.where(indices >= 0, indices + first, -1)
 
-    def one(d_entries: jax.Array, args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, d_out, lse, delta, index = (x.reshape(-1, *x.shape[2:]) for x in args)
-        tiles, used = in_tiles(index, 1)
-        d_q = d_queries(q, d_out, lse, delta, rows, Chosen(tiles, used), scale, interpret)
-        gradients = d_rows(q, d_out, lse, delta, rows, tiles, scale, interpret).reshape(-1, width)
-        return sum_by_row(gradients, tiles.reshape(-1), d_entries, interpret), d_q.reshape(args[0].shape)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    d_out, choice = d_out.astype(q.dtype), Chosen(*in_tiles(flat(index), 1))
+    d_q = d_queries(flat(q), flat(d_out), flat(lse), flat(delta), rows, choice, scale, interpret)
 
-    by_head, chunk = (q, d_out.astype(q.dtype), lse, delta), min(BACKWARD_QUERIES, q.shape[1])
-    parts = *split(by_head, chunk), split(index, chunk, fill=-1)
-    d_entries, d_q = jax.lax.scan(one, jnp.zeros(rows.shape, jnp.float32), parts)
-    return join(d_q, q.shape[1])[:, :, :heads], d_entries.reshape(entries.shape).astype(entries.dtype)
+    def one(d_entries: jax.Array, args: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        q, d_out, lse, delta, index = map(flat, args)
+        choice = Chosen(*in_tiles(index, 1))
+        gradients = d_rows(q, d_out, lse, delta, rows, choice, scale, interpret).reshape(-1, width)
+        return sum_by_row(gradients, choice.index.reshape(-1), d_entries, interpret), None
+
+    chunk = min(BACKWARD_QUERIES, q.shape[1])
+    parts = *split((q, d_out, lse, delta), chunk), split(index, chunk, fill=-1)
+    d_entries, _ = jax.lax.scan(one, jnp.zeros(rows.shape, jnp.float32), parts)
+    return d_q.reshape(q.shape)[:, :, :heads], d_entries.reshape(entries.shape).astype(entries.dtype)
 
 
 def supports_pages(q: jax.Array, pages: Pages) -> bool:

@@ -82,16 +82,13 @@ def d_rows(
     lse: jax.Array,
     delta: jax.Array,
     rows: jax.Array,
-    index: jax.Array,
+    choice: Chosen,
     scale: float,
     interpret: Any,
 ) -> jax.Array:
-    """Gradients of each query's entries [N, tiles * 64, K] float32, zero where unused.
-
-    Arguments are as in `d_queries`; `index` are rows in tiles [N, tiles, 64] int32, negative is unused.
-    """
+    """Gradients of each query's entries [N, tiles * 64, K] float32, zero where unused; arguments as of `d_queries`."""
     count, heads, width = q.shape
-    groups, half, tiles = heads // ROWS, width // 2, index.shape[1]
+    groups, half, tiles = heads // ROWS, width // 2, choice.index.shape[1]
     d_entries = plgpu.kernel(
         partial(_d_rows, groups=groups, tiles=tiles, scale=scale, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((count, tiles, ENTRIES, 2, half), jnp.float32),
@@ -100,14 +97,14 @@ def d_rows(
         interpret=interpret or None,
         kernel_name="gather_attention_d_entries",
         **_threads_and_memory(half),
-    )(*by_head(q, d_out, lse, delta), rows, index)
+    )(*by_head(q, d_out, lse, delta), rows, choice.index)
     return d_entries.reshape(count, -1, width)
 
 
-def by_head(q: jax.Array, d_out: jax.Array, lse: jax.Array, delta: jax.Array) -> tuple[jax.Array, ...]:
-    """[N, H, K] twice as [N, H / 64, 64, 2, K / 2], [N, H] twice as [N, H / 64, 64]."""
+def by_head(q: jax.Array, d_out: jax.Array, lse: jax.Array, delta: jax.Array, sides: int = 2) -> tuple[jax.Array, ...]:
+    """[N, H, K] twice as [N, H / 64, 64, sides, K / sides], [N, H] twice as [N, H / 64, 64]."""
     count, heads, width = q.shape
-    rows = [x.reshape(count, heads // ROWS, ROWS, 2, width // 2) for x in (q, d_out)]
+    rows = [x.reshape(count, heads // ROWS, ROWS, sides, width // sides) for x in (q, d_out)]
     return *rows, *(x.reshape(count, heads // ROWS, ROWS) for x in (lse, delta))
 
 

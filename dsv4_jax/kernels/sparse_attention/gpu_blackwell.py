@@ -123,7 +123,7 @@ def _attend(q_ref, *refs, tree, groups, parts, scale, interpret):
     @pl.when(me == FETCHER)
     def _():
         plgpu.set_max_registers(96, action="decrease")
-        _fetch(mine, stored, here, interpret)
+        fetch_all(mine, stored, here, interpret)
 
     @pl.when(me == ISSUER)
     def _():
@@ -140,8 +140,15 @@ def _attend(q_ref, *refs, tree, groups, parts, scale, interpret):
         plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(mine, stored, here, interpret):
-    """All tiles into shared memory, each as soon as there is room."""
+def fetch_all(mine: Any, stored: tuple[Any, ...], here: Any, interpret: Any) -> None:
+    """All tiles of a unit into shared memory, each as soon as there is room; returns when all have been used.
+
+    Args:
+        mine: the unit's entries; see `gpu_choice`.
+        stored: see `gpu_fetch.fetch`.
+        here: has `entries`, one tile for each slot, and the barriers `arrived` and `used` of slots.
+        interpret: see `gpu_fetch.fetch`.
+    """
     count = mine.tiles
 
     def step(i, _):
@@ -188,7 +195,7 @@ def _load_queries(q_ref, here, interpret):
     """Half the columns of the queries into shared memory, the others through it into tensor memory."""
     plgpu.copy_gmem_to_smem(q_ref.at[:, 1], here.q, here.q_here)
     plgpu.barrier_wait(here.q_here)
-    for columns in _blocks(here.q_other):
+    for columns in blocks_of(here.q_other):
         plgpu.async_store_tmem(here.q_other.at[:, columns], load(here.q.at[:, columns], LAYOUT, interpret))
     plgpu.commit_tmem()
     plgpu.commit_smem()
@@ -233,7 +240,7 @@ def _finish(top, total, out_ref, here):
     """The output, which is on its way on return, and the log-sum-exp in shared memory."""
     narrow = out_ref.dtype == here.q.dtype
     inverse = 1.0 / jnp.maximum(total, 1e-30)
-    for columns in _blocks(here.out):
+    for columns in blocks_of(here.out):
         x = plgpu.async_load_tmem(here.out.at[:, columns])
         # Where nothing was seen no product has been written.
         x = jnp.where(over_columns(total, x) > 0, x * over_columns(inverse, x), 0.0).astype(out_ref.dtype)
@@ -246,7 +253,7 @@ def _finish(top, total, out_ref, here):
 
 def _scale(out, factor):
     """The output times a factor for each row."""
-    for columns in _blocks(out):
+    for columns in blocks_of(out):
         x = plgpu.async_load_tmem(out.at[:, columns])
         plgpu.wait_load_tmem()
         plgpu.async_store_tmem(out.at[:, columns], x * over_columns(factor, x))
@@ -257,6 +264,6 @@ def _over_rows(x, like):
     return plgpu.layout_cast(over_rows(x, like), LAYOUT)
 
 
-def _blocks(ref):
-    """Columns that fit the registers."""
+def blocks_of(ref: Any) -> list[Any]:
+    """Columns that fit the registers, one after the other."""
     return [pl.ds(first, COLUMNS) for first in range(0, ref.shape[1], COLUMNS)]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from dsv4_jax.kernels.sparse_attention.gpu_fetch import ENTRIES, fetch, fetch_run
 from dsv4_jax.kernels.sparse_attention.gpu_tiles import iota, load
@@ -52,9 +53,9 @@ class Chosen:
         """Tile `i` into shared memory; see `gpu_fetch.fetch`."""
         fetch(stored, self.index.at[i], tile, interpret)
 
-    def unseen(self, i: Any, layout: Any, interpret: Any) -> jax.Array:
-        """What to add to scores with tile `i` [64] float32: `NEVER` where there is no entry, else zero."""
-        return jnp.where(load(self.index.at[i], layout, interpret) < 0, NEVER, 0.0)
+    def unseen(self, i: Any, layout: Any, interpret: Any, first: int = 0, count: int = ENTRIES) -> jax.Array:
+        """What to add to scores with `count` entries of tile `i`: float32 `NEVER` where there is none, else zero."""
+        return jnp.where(load(self.index.at[i, pl.ds(first, count)], layout, interpret) < 0, NEVER, 0.0)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["first", "end", "blocks"], meta_fields=["per_block"])
@@ -93,6 +94,7 @@ class Run:
         """Tile `i` into shared memory; see `gpu_fetch.fetch_run`."""
         fetch_run(stored, self.first + i * ENTRIES, self.end, self.blocks, self.per_block, tile, interpret)
 
-    def unseen(self, i: Any, layout: Any, interpret: Any) -> jax.Array:
-        """What to add to scores with tile `i` [64] float32: `NEVER` where there is no entry, else zero."""
-        return jnp.where(iota(ENTRIES, layout, interpret) < self.end - self.first - i * ENTRIES, 0.0, NEVER)
+    def unseen(self, i: Any, layout: Any, interpret: Any, first: int = 0, count: int = ENTRIES) -> jax.Array:
+        """What to add to scores with `count` entries of tile `i`: float32 `NEVER` where there is none, else zero."""
+        end = self.end - self.first - i * ENTRIES - first
+        return jnp.where(iota(count, layout, interpret) < end, 0.0, NEVER)

@@ -77,8 +77,12 @@ def backward(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of q and entries, in their dtypes, from what `forward` was given and returned."""
-    from dsv4_jax.kernels.sparse_attention.gpu_backward import d_queries
-    from dsv4_jax.kernels.sparse_attention.gpu_range_backward import d_entries
+    if gpu.is_blackwell():
+        from dsv4_jax.kernels.sparse_attention.gpu_blackwell_backward import d_queries
+        from dsv4_jax.kernels.sparse_attention.gpu_blackwell_entries import d_entries
+    else:
+        from dsv4_jax.kernels.sparse_attention.gpu_backward import d_queries
+        from dsv4_jax.kernels.sparse_attention.gpu_range_backward import d_entries
 
     del band  # The bounds themselves say which tiles are visited.
     given, (count, width) = q.shape[2], entries.shape[1:]

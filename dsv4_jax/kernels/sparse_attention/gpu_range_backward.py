@@ -67,12 +67,8 @@ def d_entries(
     """
     count, _, width = q.shape
     half, (batch, tiles) = width // 2, seeing[0].shape
-    parts = gpu.parts_of(-(-batch * tiles // WAVES), count // batch)
-    first, visits = (x.reshape(-1, 1) for x in seeing)
-    first = first + jnp.arange(batch, dtype=jnp.int32).repeat(tiles)[:, None] * (count // batch)
-    each = -(-visits // parts)
-    begin = first + each * jnp.arange(parts, dtype=jnp.int32)
-    end = jnp.minimum(begin + each, first + visits)
+    begin, end = parts_of_queries(seeing, count)
+    parts = begin.shape[1]
     gradients = plgpu.kernel(
         partial(_d_entries, tiles=tiles, per_row=len(rows) // batch, parts=parts, scale=scale, interpret=interpret),
         out_type=jax.ShapeDtypeStruct((parts, batch * tiles, ENTRIES, 2, half), jnp.float32),
@@ -95,6 +91,22 @@ def d_entries(
         kernel_name="range_attention_d_entries",
     )(*by_head(q, d_out, lse, delta), rows, run.first, run.end, run.blocks, begin.reshape(-1), end.reshape(-1))
     return gradients.reshape(parts, batch, tiles * ENTRIES, width).sum(0)
+
+
+def parts_of_queries(seeing: tuple[jax.Array, jax.Array], count: int) -> tuple[jax.Array, jax.Array]:
+    """The first query of each part of those that see a tile, and behind the last one: int32 [B * tiles, parts] each.
+
+    Args:
+        seeing: see `d_entries`.
+        count: queries of all rows.
+    """
+    batch, tiles = seeing[0].shape
+    parts = gpu.parts_of(-(-batch * tiles // WAVES), count // batch)
+    first, visits = (x.reshape(-1, 1) for x in seeing)
+    first = first + jnp.arange(batch, dtype=jnp.int32).repeat(tiles)[:, None] * (count // batch)
+    each = -(-visits // parts)
+    begin = first + each * jnp.arange(parts, dtype=jnp.int32)
+    return begin, jnp.minimum(begin + each, first + visits)
 
 
 def _d_entries(

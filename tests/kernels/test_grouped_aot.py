@@ -26,6 +26,8 @@ def test_tpus_do_the_ideal_flops_in_all_directions_and_copy_nothing(target):
 
 @pytest.mark.skipif(not targets._exists("jax_plugins.xla_cuda13"), reason="needs the extra aot")
 def test_gpus_hold_no_dense_expansion():
+    """At most the masters in BF16, which the kernels of matrices that are not packed take."""
     found = costs("h200:1x1")
     for name in OURS:
-        assert found[name].temporary < MASTERS / 2 and found[name].temporary < found[NATIVE[0]].temporary, name
+        assert found[name].temporary <= (MASTERS / 2 if name in ("forward", "rows") else 1 << 20), name
+    assert min(found[name].temporary for name in NATIVE) > MASTERS

@@ -1,7 +1,7 @@
 """Grouped matmul: a kernel on TPUs and on Hopper GPUs, elsewhere a loop over tiles, with its gradients.
 
 Both do 1.0x the ideal FLOPs in both directions, but for the padding of each expert's last tile. Native
-`jax.lax.ragged_dot` expands densely on CPU and in its weight gradient on TPU and GPU (docs/kernels.md), so it is not
+`jax.lax.ragged_dot` expands densely on CPU and in its weight gradient on TPU and GPU (docs/kernels-experts.md), so it is not
 used.
 """
 

@@ -1,7 +1,8 @@
 """Kernels of rows, given the pages of a cache: the entries of a few sequences are laid out, and then taken as rows.
 
 For the chunks of prompts, whose many queries read an entry again and again. Laying it out costs a read and a write, and
-as far as the longest sequence reaches; behind that are zeros. Decoding reads entries where they lie.
+as far as the longest sequence reaches; behind that are zeros. Decoding reads entries where they lie, but for the keys
+of the indexer on TPUs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ NUMBERS = 1 << 27  # laid out at a time, 256 MiB in BF16; but at least those of 
 TILE = 4096  # entries of a sequence that are decoded together
 
 
-def rows_of(queries: jax.Array, pages: Pages) -> Any:
-    """Shape and dtype of what `over_rows` would lay out for queries [B, S, H, K]; None for fewer than MANY of them."""
+def rows_of(queries: jax.Array, pages: Pages, least: int = MANY) -> Any:
+    """Shape and dtype of what `over_rows` would lay out for queries [B, S, H, K]; None where S is below `least`."""
     batch, length, _, width = queries.shape
-    return jax.ShapeDtypeStruct((batch, pages.capacity, width), queries.dtype) if length >= MANY else None
+    return jax.ShapeDtypeStruct((batch, pages.capacity, width), queries.dtype) if length >= least else None
 
 
 def over_rows(apply: Callable[..., Any], pages: Pages, count: jax.Array, queries: jax.Array, *arrays: jax.Array) -> Any:

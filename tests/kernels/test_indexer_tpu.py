@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels import platforms
-from dsv4_jax.kernels.indexer_topk import IndexOperands, Search, index_topk, tpu, xla
+from dsv4_jax.kernels.indexer_topk import IndexOperands, PagedOperands, Search, index_topk, tpu, tpu_few, xla
 from dsv4_jax.kernels.indexer_topk.operands import EXACT
+from dsv4_jax.kernels.pages import Pages
+from dsv4_jax.kernels.pools import InWords
+from dsv4_jax.quantization.storage import Fp4
 from sharding.targets import parse_target
 
 
@@ -87,6 +90,40 @@ def test_nothing_is_read_before_it_is_there():
     np.testing.assert_array_equal(found, sorted_choice(operands, lo, hi, 5))
 
 
+def by_position(choice):
+    last = np.iinfo(np.int32).max
+    ordered = np.sort(np.where(choice < 0, last, choice), -1)
+    return np.where(ordered == last, -1, ordered)
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@given(
+    batch=st.integers(1, 2), length=st.integers(1, 3), entries=st.integers(1, 4000), heads=st.integers(1, 20),
+    width=st.sampled_from([3, 128]), k=st.integers(1, 300), levels=st.sampled_from([0, 1, 9]),
+    dtype=st.sampled_from(["float32", "bfloat16"]), races=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_few_queries_choose_the_same(batch, length, entries, heads, width, k, levels, dtype, races, seed):
+    """Entries that are chosen come by place; their set is a sort's."""
+    case = drawn(np.random.default_rng(seed), batch, length, entries, heads, width, levels, dtype)
+    interpret = pltpu.InterpretParams(detect_races=True) if races else True
+    run = jax.jit(lambda operands, lo, hi: tpu_few.index_topk(operands, lo, hi, k, EXACT, interpret))
+    np.testing.assert_array_equal(by_position(np.asarray(run(*case))), sorted_choice(*case, k))
+
+
+def test_few_queries_choose_across_groups_and_of_scores_rounded_to_bf16():
+    operands, _, hi = drawn(np.random.default_rng(0), 1, 2, tpu_few.GROUP + 700, 1, 4, 2)
+    lo, hi = jnp.asarray([[5, tpu_few.GROUP - 3]]), jnp.full_like(hi, tpu_few.GROUP + 700)
+    run = jax.jit(lambda *case: tpu_few.index_topk(*case, 300, interpret=True))
+    np.testing.assert_array_equal(by_position(np.asarray(run(operands, lo, hi))), sorted_choice(operands, lo, hi, 300))
+    draw = lambda *shape: jnp.asarray(np.random.default_rng(3).integers(-80, 81, shape), jnp.float32)  # noqa: E731
+    operands, search = IndexOperands(draw(1, 1, 3, 8), draw(1, 1000, 8), draw(1, 1, 3)), Search(bf16=True)
+    bounds = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), 1000, jnp.int32)
+    found = tpu_few.index_topk(operands, *bounds, 200, search, True)
+    np.testing.assert_array_equal(
+        by_position(np.asarray(found)), np.sort(xla.index_topk(operands, *bounds, 200, search))
+    )
+
+
 def abstract(entries, length=64, sharding=None, dtype=jnp.bfloat16):
     """Operands and bounds of V4's indexer."""
     make = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
@@ -118,3 +155,23 @@ def test_the_kernel_compiles_for_every_tpu_and_the_scores_never_leave_the_chip(t
     assert "index_topk" in compiled.as_text()
     # Scores of 1,024 queries would be 64 MiB for 16,384 entries and 1 GiB for 262,144.
     assert compiled.memory_analysis().temp_size_in_bytes < 16 << 20
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_decoding_searches_packed_keys_with_the_kernel(target):
+    """Of two sequences with a million tokens: their keys, 64 MiB each, are laid out (v5p: and copied to VMEM in part)."""
+    here, sequences, entries = jax.sharding.SingleDeviceSharding(parse_target(target).devices()[0]), 2, 1 << 18
+    pool = InWords(Fp4(128), 32)
+    tables = jnp.zeros((sequences, entries // 32), jnp.int32)
+    pages = jax.eval_shape(lambda: Pages(pool.zeros(2, tables.size), jnp.int32(0), tables, pool))
+    queries = jax.ShapeDtypeStruct((sequences, 1, 64, 128), jnp.bfloat16)
+    operands = PagedOperands(queries, pages, jax.ShapeDtypeStruct((sequences, 1, 64), jnp.float32))
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands)
+    hi = jax.ShapeDtypeStruct((sequences, 1), jnp.int32, sharding=here)
+    with platforms.compiling_for("tpu"):
+        compiled = jax.jit(lambda operands, hi: index_topk(operands, hi, hi, 512)).lower(args, hi).compile()
+    assert "index_topk_few" in compiled.as_text()
+    needed = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    print(f"{target}: {needed:.0f} MiB")
+    assert needed < 224

@@ -125,14 +125,15 @@ def kernels(platform, length, width=512, pool=ByPart):
     with platforms.compiling_for(platform):
         choice = jax.ShapeDtypeStruct((3, length, 4), jnp.int32)
         text = str(jax.make_jaxpr(everything)(q, queries, weights, numbers, choice))
-    names = "paged_index_scores", "index_scores", "index_topk", "gather_attention", "range_attention"
+    names = "paged_index_scores", "index_scores", "index_topk", "index_topk_few", "gather_attention", "range_attention"
     return {name for name in names if f"{name}\n" in text}
 
 
 def test_chunks_of_prompts_take_the_kernels_of_rows(monkeypatch):
     rows = {"index_topk", "gather_attention", "range_attention"}
     assert kernels("tpu", laid_out.MANY, pool=InWords) == rows
-    assert not kernels("tpu", laid_out.MANY - 1, pool=InWords)
+    assert kernels("tpu", laid_out.MANY - 1, pool=InWords) == {"index_topk"}
+    assert kernels("tpu", 8, pool=InWords) == {"index_topk_few"}  # attention has its own of pages, for 32 in a block
     assert not kernels("cpu", laid_out.MANY)
     for module in (gpu, gpu_index, gpu_paged):
         monkeypatch.setattr(module, "is_hopper", lambda: True)

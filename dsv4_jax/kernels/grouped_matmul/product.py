@@ -1,8 +1,8 @@
 """Grouped matmul: a kernel on TPUs and on Hopper GPUs, elsewhere a loop over tiles, with its gradients.
 
 Both do 1.0x the ideal FLOPs in both directions, but for the padding of each expert's last tile. Native
-`jax.lax.ragged_dot` expands densely on CPU and in its weight gradient on TPU and GPU (docs/kernels-experts.md), so it is not
-used.
+`jax.lax.ragged_dot` expands densely on CPU and in its weight gradient on TPU and GPU, so it is not used
+(docs/kernels-experts.md).
 """
 
 from __future__ import annotations

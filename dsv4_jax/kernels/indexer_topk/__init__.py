@@ -6,10 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dsv4_jax.kernels.indexer_topk import gpu, gpu_blackwell, gpu_paged, paged, tpu, xla
+from dsv4_jax.kernels.indexer_topk import gpu, gpu_blackwell, gpu_paged, paged, tpu, tpu_few, xla
 from dsv4_jax.kernels.indexer_topk.kl import IndexLoss, index_loss
 from dsv4_jax.kernels.indexer_topk.operands import CANDIDATES, EXACT, IndexOperands, PagedOperands, Search
-from dsv4_jax.kernels.laid_out import over_rows, rows_of
+from dsv4_jax.kernels.laid_out import MANY, over_rows, rows_of
 from dsv4_jax.kernels.platforms import by_platform
 
 __all__ = ["CANDIDATES", "IndexLoss", "IndexOperands", "PagedOperands", "Search", "index_loss", "index_topk"]
@@ -30,7 +30,8 @@ def index_topk(
 
     Returns:
         int32 [B, S, min(k, T)], -1 where fewer are visible. Of equal scores the earlier entry is the better. The order
-        is the backend's: best first in XLA, by position from the kernels.
+        is the backend's: best first in XLA, by position from the kernels, in eight parts of the keys where a sequence
+        decodes on a TPU.
     """
     if isinstance(operands, PagedOperands):
         return _over_pages(operands, hi, min(k, operands.pages.capacity), search)
@@ -45,11 +46,12 @@ def index_topk(
 def _over_pages(operands: PagedOperands, hi: jax.Array, k: int, search: Search) -> jax.Array:
     choose = {"k": k, "search": search}
     kernels: dict[str, Callable[..., jax.Array]] = {}
-    keys = rows_of(operands.queries, operands.pages)
-    if keys is not None:
-        rows = IndexOperands(operands.queries, keys, operands.weights)
-        kernels |= {"tpu": partial(_over_rows, tpu.index_topk, k, search)} if tpu.supports(rows) else {}
-        kernels |= {"gpu": partial(_over_rows, gpu.index_topk, k, search)} if gpu.supports(rows, k) else {}
+    rows = IndexOperands(operands.queries, rows_of(operands.queries, operands.pages, 1), operands.weights)
+    for backend in (tpu, tpu_few):
+        if backend.supports(rows):
+            kernels["tpu"] = partial(_over_rows, backend.index_topk, k, search)
+    if operands.queries.shape[1] >= MANY and gpu.supports(rows, k):
+        kernels["gpu"] = partial(_over_rows, gpu.index_topk, k, search)
     for reading in (gpu_blackwell, gpu_paged):
         if reading.supports(operands, k):
             kernels["gpu"] = partial(reading.index_topk, **choose)

@@ -14,7 +14,7 @@ say which of its places. All numbers in these products are at most 128, which BF
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,24 @@ HEADS = 16  # heads are padded to whole tiles of BF16
 VMEM_BYTES = 48 << 20
 UNSEEN = -(1 << 31)  # in place of the score of an entry that a query may not see
 MOST_ENTRIES = 1 << 19  # whose scores VMEM has room for
+
+
+class Lies(NamedTuple):
+    """Whose scores the eight places of a row of 128 lanes have: a query's each, or all those of one, 128 apart."""
+
+    one_query: bool
+
+    @property
+    def row(self) -> int:
+        """Entries of a query in a row."""
+        return LANES * (QUERIES if self.one_query else 1)
+
+    def position(self, row: Any, place: Any, lane: Any) -> Any:
+        """The entry whose score lies there."""
+        return (row * QUERIES + place if self.one_query else row) * LANES + lane
+
+
+OWN = Lies(False)
 
 
 def supports(operands: IndexOperands) -> bool:
@@ -59,10 +77,10 @@ def index_topk(
     """
     (batch, length), entries = lo.shape, operands.keys.shape[1]
     k = min(k, entries)
-    queries, keys, weights = _padded(operands)
+    queries, keys, weights = padded(operands)
     bounds = _bounds(lo, jnp.minimum(hi, entries))
     *_, heads, width = queries.shape
-    steps, pieces, chunks = queries.shape[1] // QUERIES, -(-k // LANES), -(-entries // GROUP) * LANES
+    steps, pieces, held = queries.shape[1] // QUERIES, -(-k // LANES), -(-entries // GROUP) * LANES
     rows = lambda *last: pl.BlockSpec((1, QUERIES, *last), lambda b, i: (b, i, *(0 for _ in last)))  # noqa: E731
     chosen = pl.pallas_call(
         functools.partial(_choose, k=k, bf16=search.bf16),
@@ -79,7 +97,7 @@ def index_topk(
             pltpu.VMEM((2, TILE, width), keys.dtype),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.VMEM((QUERIES * heads, LANES), jnp.float32),
-            pltpu.VMEM((chunks * QUERIES, LANES), jnp.int32),
+            pltpu.VMEM((held * QUERIES, LANES), jnp.int32),
             pltpu.VMEM((2, QUERIES, LANES), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
@@ -95,20 +113,15 @@ def _choose(
     """QUERIES queries of one row."""
     lo, hi = ([bounds_ref[0, 0, i, t] for t in range(QUERIES)] for i in (0, 1))
     first, last = functools.reduce(jnp.minimum, lo), functools.reduce(jnp.maximum, hi)
-    groups = jax.lax.div(first, GROUP), _reaching(last, GROUP)
+    groups = jax.lax.div(first, GROUP), reaching(last, GROUP)
     out_ref[...] = jnp.full(out_ref.shape, -1, jnp.int32)
-
-    def forget(i, _):
-        scores_ref[_chunks(i * CHUNKS, CHUNKS)] = jnp.full((CHUNKS * QUERIES, LANES), UNSEEN, jnp.int32)
-        return _
-
-    blocks = groups[0] * (LANES // CHUNKS), groups[1] * (LANES // CHUNKS)
-    jax.lax.fori_loop(*blocks, forget, 0)
-    tiles_of = jax.lax.div(first, TILE), _reaching(last, TILE)
+    blocks = forget(*groups, scores_ref)
+    tiles_of = jax.lax.div(first, TILE), reaching(last, TILE)
     seen = lambda index: (index >= _column(lo)) & (index < _column(hi))  # noqa: E731
     _score(*tiles_of, seen, q_ref, weights_ref, keys_ref, tiles, arrived, heads_ref, scores_ref, bf16)
-    limits_ref[0], limits_ref[1] = _limits(scores_ref, *blocks, k)
-    jax.lax.fori_loop(0, QUERIES, lambda t, _: _collect(t, *groups, scores_ref, limits_ref, out_ref, k), 0)
+    limits_ref[0], limits_ref[1] = limits(scores_ref, *blocks, k, OWN)
+    collect = functools.partial(collect_chosen, scores_ref=scores_ref, limits_ref=limits_ref, out_ref=out_ref, lies=OWN)
+    jax.lax.fori_loop(0, QUERIES, lambda t, _: collect(t, 0, *groups), 0)
 
 
 def _score(start, stop, seen, q_ref, weights_ref, keys_ref, tiles, arrived, heads_ref, scores_ref, bf16) -> None:
@@ -134,34 +147,47 @@ def _score(start, stop, seen, q_ref, weights_ref, keys_ref, tiles, arrived, head
             part = jnp.maximum(products[:, c * LANES : (c + 1) * LANES], 0.0) * heads_ref[...]
             scores = part.reshape(queries, heads, LANES).sum(1)
             index = i * TILE + c * LANES + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            ordered = jnp.where(seen(index), _ordered(scores, bf16), UNSEEN)
-            scores_ref[_chunks(i * (TILE // LANES) + c)] = ordered
+            known = jnp.where(seen(index), ordered(scores, bf16), UNSEEN)
+            scores_ref[chunks(i * (TILE // LANES) + c)] = known
         return _
 
     pl.when(start < stop)(lambda: fetch(start).start())
     jax.lax.fori_loop(start, stop, one, 0)
 
 
-def _limits(scores_ref, start, stop, k):
+def forget(start, stop, scores_ref):
+    """Fills the groups start <= i < stop of 128 rows with `UNSEEN`; returns the blocks of CHUNKS rows that they are."""
+
+    def one(i, _):
+        scores_ref[chunks(i * CHUNKS, CHUNKS)] = jnp.full((CHUNKS * QUERIES, LANES), UNSEEN, jnp.int32)
+        return _
+
+    blocks = start * (LANES // CHUNKS), stop * (LANES // CHUNKS)
+    jax.lax.fori_loop(*blocks, one, 0)
+    return blocks
+
+
+def limits(scores_ref, start, stop, k, lies):
     """Of each query the k-th largest score, and the position below which entries with just that score are taken.
 
     Args:
         scores_ref: ordered scores.
-        start: first block of CHUNKS x 128 entries.
+        start: first block of CHUNKS rows of 128 entries.
         stop: one past the last.
         k: how many are chosen.
+        lies: whose scores the places of a row are.
     """
-    beyond = stop * (CHUNKS * LANES)
+    beyond = stop * (CHUNKS * lies.row)
 
     def count(reaches):
         def one(i, total):
-            scores = scores_ref[_chunks(i * CHUNKS, CHUNKS)].reshape(CHUNKS, QUERIES, LANES)
-            place = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 2))
-            index = i * (CHUNKS * LANES) + next(place) * LANES + next(place)
+            scores = scores_ref[chunks(i * CHUNKS, CHUNKS)].reshape(CHUNKS, QUERIES, LANES)
+            row, place, lane = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(3))
+            index = lies.position(i * CHUNKS + row, place, lane)
             return total + reaches(scores, index).astype(jnp.int32).sum(0)
 
         total = jax.lax.fori_loop(start, stop, one, jnp.zeros((QUERIES, LANES), jnp.int32))
-        return jnp.broadcast_to(total.sum(1, keepdims=True), total.shape)
+        return jnp.broadcast_to(total.sum((0, 1) if lies.one_query else 1, keepdims=True), total.shape)
 
     full = functools.partial(jnp.full, (QUERIES, LANES), dtype=jnp.int32)
     visible = count(lambda score, index: score > UNSEEN)
@@ -200,8 +226,12 @@ def _bisect(count, wanted, low, high, reach):
     return jax.lax.while_loop(unfinished, halve, (low, high, reach, jnp.zeros_like(low)))
 
 
-def _collect(t, start, stop, scores_ref, limits_ref, out_ref, k):
-    """Write the positions of query t's chosen entries in the groups start <= i < stop."""
+def collect_chosen(t, taken, start, stop, scores_ref, limits_ref, out_ref, lies):
+    """Write the positions of the chosen entries in place t of the groups start <= i < stop.
+
+    `taken` of its query's have been written before; returns how many are then.
+    """
+    query = 0 if lies.one_query else t
     least, end = limits_ref[0, pl.ds(t, 1)], limits_ref[1, pl.ds(t, 1)]
     square = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis)  # noqa: E731
     product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -210,7 +240,7 @@ def _collect(t, start, stop, scores_ref, limits_ref, out_ref, k):
 
     def one(group, taken):
         scores = scores_ref[pl.ds(group * LANES * QUERIES + t, LANES, stride=QUERIES), :]
-        index = group * GROUP + square(0) * LANES + square(1)
+        index = lies.position(group * LANES + square(0), t, square(1))
         chosen = (scores > least) | ((scores == least) & (index < end))
         chosen = chosen.astype(jnp.float32).astype(jnp.bfloat16)  # [row, place]
         of_row = product(chosen, ones, (((1,), (0,)), ((), ())))  # how many, the same in every column
@@ -226,18 +256,18 @@ def _collect(t, start, stop, scores_ref, limits_ref, out_ref, k):
             places = product(chosen, held, (((0,), (0,)), ((), ())))  # [place, slot] of the slot's row
             reached = product(until, places.astype(jnp.bfloat16), (((1,), (0,)), ((), ()))).astype(jnp.int32)
             place = (reached <= rank).astype(jnp.int32).sum(0, keepdims=True)
-            at = 0, 0, i, pl.ds(t, 1)
-            out_ref[at] = jnp.where(found > 0, group * GROUP + row * LANES + place, out_ref[at])
+            at = 0, 0, i, pl.ds(query, 1)
+            out_ref[at] = jnp.where(found > 0, lies.position(group * LANES + row, t, place), out_ref[at])
             return _
 
         total = jnp.max(after)
-        jax.lax.fori_loop(jax.lax.div(taken, LANES), _reaching(total, LANES), write, 0)
+        jax.lax.fori_loop(jax.lax.div(taken, LANES), reaching(total, LANES), write, 0)
         return total
 
-    return jax.lax.fori_loop(start, stop, one, 0)
+    return jax.lax.fori_loop(start, stop, one, taken)
 
 
-def _ordered(scores, bf16):
+def ordered(scores, bf16):
     """Float32, rounded to BF16 if asked, as int32 of the same order; both zeros become 0."""
     bits = pltpu.bitcast(jnp.where(scores == 0, 0.0, scores), jnp.int32)
     if bf16:  # to nearest, ties to even
@@ -245,12 +275,12 @@ def _ordered(scores, bf16):
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _reaching(count, size):
+def reaching(count, size):
     """Pieces of `size` that hold `count`."""
     return jax.lax.div(count + (size - 1), size)
 
 
-def _chunks(i, count=1):
+def chunks(i, count=1):
     """Where the scores of entries 128 i .. 128 (i + count) lie: for each 128 of them a row for each query."""
     return pl.ds(pl.multiple_of(i * QUERIES, QUERIES), count * QUERIES)
 
@@ -270,11 +300,11 @@ def _bounds(lo: jax.Array, hi: jax.Array) -> jax.Array:
     return both.astype(jnp.int32).reshape(lo.shape[0], -1, QUERIES, 2).swapaxes(2, 3)
 
 
-def _padded(operands: IndexOperands) -> tuple[jax.Array, jax.Array, jax.Array]:
+def padded(operands: IndexOperands, step: int = QUERIES) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries to whole steps, heads and widths to whole tiles, keys to whole tiles of them; zeros add nothing."""
     queries, keys, weights = operands
     _, length, heads, width = queries.shape
-    more, wide, above = -length % QUERIES, -width % LANES, -heads % HEADS
+    more, wide, above = -length % step, -width % LANES, -heads % HEADS
     queries = jnp.pad(queries, ((0, 0), (0, more), (0, above), (0, wide)))
     keys = jnp.pad(keys, ((0, 0), (0, -keys.shape[1] % TILE), (0, wide)))
     return queries, keys, jnp.pad(weights.astype(jnp.float32), ((0, 0), (0, more), (0, above)))

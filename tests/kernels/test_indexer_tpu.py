@@ -160,7 +160,7 @@ def test_the_kernel_compiles_for_every_tpu_and_the_scores_never_leave_the_chip(t
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_decoding_searches_packed_keys_with_the_kernel(target):
-    """Of two sequences with a million tokens: their keys, 64 MiB each, are laid out (v5p: and copied to VMEM in part)."""
+    """Of two sequences with a million tokens: their keys, 64 MiB each, are laid out (on v5p a part in VMEM)."""
     here, sequences, entries = jax.sharding.SingleDeviceSharding(parse_target(target).devices()[0]), 2, 1 << 18
     pool = InWords(Fp4(128), 32)
     tables = jnp.zeros((sequences, entries // 32), jnp.int32)

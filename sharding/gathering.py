@@ -134,4 +134,6 @@ def _lies(matrix: Any, axes: tuple[str, ...], rules: Mapping[str, Axes], mesh: M
 def _owned(matrix: Any, lies: Any, dtype: Any, tile: Tile | None) -> Any:
     if not isinstance(matrix, jax.Array):
         return matrix
+    if tile and TENSOR in lies and not keeps_tiles(matrix.shape, lies.index(TENSOR), tile):
+        tile = None
     return whole(matrix, PartitionSpec(*(None if axes in (EXPERT, TENSOR) else axes for axes in lies)), dtype, tile)

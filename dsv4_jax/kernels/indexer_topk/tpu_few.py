@@ -15,8 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels.indexer_topk import tpu
+from dsv4_jax.kernels.indexer_topk import tpu_best as best
 from dsv4_jax.kernels.indexer_topk.operands import EXACT, IndexOperands, Search
-from dsv4_jax.kernels.indexer_topk.tpu import LANES, QUERIES, TILE, UNSEEN, Lies
+from dsv4_jax.kernels.indexer_topk.tpu import TILE
+from dsv4_jax.kernels.indexer_topk.tpu_best import LANES, QUERIES, UNSEEN, Lies
 
 FEW = 8  # queries of a sequence, each of which reads its keys
 ROWS_OF_GROUP = LANES  # rows of scores whose chosen ones are collected together
@@ -81,20 +83,20 @@ def index_topk(
 def _choose(bounds_ref, q_ref, weights_ref, keys_ref, out_ref, tiles, arrived, scores_ref, limits_ref, *, k, bf16):
     """One query of one row."""
     lo, hi = bounds_ref[0, 0, 0, 0], bounds_ref[0, 0, 0, 1]
-    groups = jax.lax.div(lo, GROUP), tpu.reaching(hi, GROUP)
+    groups = jax.lax.div(lo, GROUP), best.reaching(hi, GROUP)
     out_ref[...] = jnp.full(out_ref.shape, -1, jnp.int32)
-    blocks = tpu.forget(*groups, scores_ref)
+    blocks = best.forget(*groups, scores_ref)
     _score(lo, hi, q_ref, weights_ref, keys_ref, tiles, arrived, scores_ref, bf16)
-    limits_ref[0], limits_ref[1] = tpu.limits(scores_ref, *blocks, k, ONE)
+    limits_ref[0], limits_ref[1] = best.limits(scores_ref, *blocks, k, ONE)
     collect = functools.partial(
-        tpu.collect_chosen, scores_ref=scores_ref, limits_ref=limits_ref, out_ref=out_ref, lies=ONE
+        best.collect_chosen, scores_ref=scores_ref, limits_ref=limits_ref, out_ref=out_ref, lies=ONE
     )
     jax.lax.fori_loop(0, QUERIES, lambda place, taken: collect(place, taken, *groups), 0)
 
 
 def _score(lo, hi, q_ref, weights_ref, keys_ref, tiles, arrived, scores_ref, bf16) -> None:
     """Ordered scores of the tiles of keys with entries lo <= i < hi, a row of scores each."""
-    row, start, stop = pl.program_id(0), jax.lax.div(lo, TILE), tpu.reaching(hi, TILE)
+    row, start, stop = pl.program_id(0), jax.lax.div(lo, TILE), best.reaching(hi, TILE)
     q, heads = q_ref[0, 0], q_ref.shape[2]
     weights = jnp.broadcast_to(weights_ref[0, 0].reshape(heads, 1), (heads, LANES))
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -113,8 +115,8 @@ def _score(lo, hi, q_ref, weights_ref, keys_ref, tiles, arrived, scores_ref, bf1
         scores = jnp.concatenate([(jnp.maximum(x, 0.0) * weights).sum(0, keepdims=True) for x in parts], axis=0)
         place, lane = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
         index = ONE.position(i, place, lane)
-        known = jnp.where((index >= lo) & (index < hi), tpu.ordered(scores, bf16), UNSEEN)
-        scores_ref[tpu.chunks(i)] = known
+        known = jnp.where((index >= lo) & (index < hi), best.ordered(scores, bf16), UNSEEN)
+        scores_ref[best.chunks(i)] = known
         return _
 
     pl.when(start < stop)(lambda: fetch(start).start())

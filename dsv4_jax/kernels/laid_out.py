@@ -1,8 +1,8 @@
 """Kernels of rows, given the pages of a cache: the entries of a few sequences are laid out, and then taken as rows.
 
 For the chunks of prompts, whose many queries read an entry again and again. Laying it out costs a read and a write, and
-as far as the longest sequence reaches; behind that are zeros. Decoding reads entries where they lie, but for the keys
-of the indexer on TPUs.
+as far as the longest sequence reaches; nothing is written behind that. Decoding reads entries where they lie, but for
+the keys of the indexer on TPUs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dsv4_jax.kernels.pages import Pages
 MANY = 64  # queries of a sequence
 NUMBERS = 1 << 27  # laid out at a time, 256 MiB in BF16; but at least those of one sequence
 TILE = 4096  # entries of a sequence that are decoded together
+WHOLE = 512  # kernels read whole tiles of so many entries at the most, if they may see the first one of them
 
 
 def rows_of(queries: jax.Array, pages: Pages, least: int = MANY) -> Any:
@@ -34,7 +35,8 @@ def over_rows(apply: Callable[..., Any], pages: Pages, count: jax.Array, queries
     Args:
         apply: gives arrays [b, ..] for arrays [b, ..].
         pages: of all sequences.
-        count: how many entries of each sequence may be seen, [B]; those behind are zeros, whatever their blocks hold.
+        count: how many entries of each sequence may be seen, [B]. Those behind are zeros, whatever their blocks hold,
+            up to a multiple of `WHOLE`, and at least one is; what follows may be anything.
         queries: [B, S, H, K]; rows have their dtype.
         *arrays: [B, ..].
     """
@@ -51,7 +53,7 @@ def over_rows(apply: Callable[..., Any], pages: Pages, count: jax.Array, queries
 
 
 def _laid_out(pages: Pages, tables: jax.Array, count: jax.Array, dtype: Any, width: int) -> jax.Array:
-    """The first entries of the sequences with `tables` [b, N], decoded, and zeros up to the capacity: [b, T, K]."""
+    """The first entries of the sequences with `tables` [b, N], decoded: [b, T, K]; see `over_rows`."""
     columns = pages.columns_of(TILE)
     some = replace(pages, tables=tables, own_blocks=False)
 
@@ -60,5 +62,7 @@ def _laid_out(pages: Pages, tables: jax.Array, count: jax.Array, dtype: Any, wid
         entries = jnp.where((index < count[:, None])[..., None], entries, 0)
         return jax.lax.dynamic_update_slice_in_dim(rows, entries, index[0], axis=1)
 
-    nothing = jnp.zeros((tables.shape[0], pages.capacity, width), dtype)
-    return jax.lax.fori_loop(0, some.tiles_until(count, columns), add_tile, nothing)
+    # Filling it would cost by the capacity, not by what is seen. Tiles that do not end where a kernel's do need it.
+    ends_well = columns * pages.per_block % WHOLE == 0 or columns == tables.shape[1]
+    blank = (jax.lax.empty if ends_well else jnp.zeros)((tables.shape[0], pages.capacity, width), dtype)
+    return jax.lax.fori_loop(0, jnp.maximum(some.tiles_until(count, columns), 1), add_tile, blank)

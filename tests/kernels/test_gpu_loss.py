@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from drawing import few
 from hopper import CALL, arrays, bf16, close, compile_for, int32, spilled, unswizzled
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ptx import Machine
 
@@ -20,15 +21,6 @@ SCALE = 0.05
 # Relative to the largest value. Products of BF16 numbers and their sums are float32. In gradients of queries and keys
 # one factor is rounded to BF16: `hopper.TOLERANCE`.
 IN_FLOAT32 = 2e-6
-# Not shrunk: the interpreter would need minutes for it.
-few = settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 cases = dict(batch=st.integers(1, 2), length=st.integers(1, 3), entries=st.integers(1, 200), seed=st.integers(0, 99))
 
 
@@ -117,14 +109,14 @@ def test_gradients_over_chunks_of_queries_are_equal_bits_for_equal_inputs(interp
 
 
 @pytest.mark.slow
-@few
+@few(3)
 @given(**cases, k=st.integers(1, 300), heads=st.sampled_from([64, 128, 192]), width=st.sampled_from([128, 256, 384]))
 def test_mass_and_scores_of_any_shape(batch, length, entries, seed, k, heads, width, interpreter):
     check_forward(drawn(seed, batch, length, entries, k, heads, width), interpreter)
 
 
 @pytest.mark.slow
-@few
+@few(3)
 @given(**cases, k=st.sampled_from([1, 64, 130, 500]))
 def test_gradients_of_any_shape(batch, length, entries, seed, k, interpreter):
     """In chunks of two queries, of which the last one may not be full."""

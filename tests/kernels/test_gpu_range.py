@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from drawing import few
 from hopper import CALL, arrays, bf16, close, compile_for, int32, spilled, unswizzled
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx import Machine
 
@@ -21,15 +22,6 @@ from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 
 SCALE = 0.1
 DENSE = bands.Band(512)
-# Not shrunk: the interpreter would need minutes for it.
-few = settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 def operands(rng, batch, length, entries, width=128, heads=64):
@@ -72,7 +64,7 @@ def check_gradients(rng, q, entries, bounds, band, interpreter):
 
 
 @pytest.mark.slow
-@few
+@few(3)
 @given(
     batch=st.integers(1, 2),
     length=st.integers(2, 3),
@@ -90,7 +82,7 @@ def test_ranges_whole_and_in_parts(batch, length, entries, processors, heads, se
 
 
 @pytest.mark.slow
-@few
+@few(3)
 @given(
     batch=st.integers(1, 2),
     length=st.integers(2, 12),

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import few
 from hopper import CALL, arrays, bf16, compile_for, int32, sorted_choice, spilled
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx import Machine
 
@@ -22,16 +23,6 @@ from dsv4_jax.kernels.indexer_topk import (
     gpu_scores,
     index_topk,
     xla,
-)
-
-# Not shrunk: the interpreter would need minutes for it.
-few = settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
@@ -60,7 +51,7 @@ def test_the_best_entries_are_chosen_and_of_equals_the_first(interpreter):
 
 
 @pytest.mark.slow
-@few
+@few(3)
 @given(
     batch=st.integers(1, 2), length=st.integers(1, 9), entries=st.integers(1, 700), heads=st.sampled_from([32, 64]),
     width=st.sampled_from([64, 128]), k=st.integers(1, 300), levels=st.sampled_from([0, 1, 2]), seed=st.integers(0, 99),

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from drawing import few
 from hopper import CALL, arrays, bf16, compile_for, int32, sorted_choice, spilled
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ptx import Machine
 
@@ -30,15 +31,6 @@ from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import ByPart, InWords
 from dsv4_jax.quantization.storage import Fp4, Plain
 
-# Not shrunk: the interpreter would need minutes for it.
-few = settings(
-    max_examples=4,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 STORAGE = Fp4(gpu_paged.WIDTH)
 
 
@@ -100,7 +92,7 @@ def test_more_tiles_than_slots_and_many_equal_scores(interpreter):
 
 
 @pytest.mark.slow
-@few
+@few(4)
 @given(
     seen=st.lists(st.integers(0, 256), min_size=1, max_size=4), length=st.integers(1, 4), k=st.integers(1, 99),
     heads=st.sampled_from([8, 64]), per_block=st.sampled_from(gpu_paged.BLOCKS), programs=st.integers(1, 9),

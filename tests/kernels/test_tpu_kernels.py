@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from drawing import few
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
@@ -71,15 +72,7 @@ def check_range(q, keys, bounds, band, stated, rng, interpret):
 
 
 @pytest.mark.usefixtures("small_steps")
-# Not shrunk: the interpreter would need minutes for it.
-@settings(
-    max_examples=2,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@few(2)
 @given(
     batch=st.integers(1, 2),
     length=st.integers(1, 3),

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from drawing import few
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
@@ -57,15 +58,7 @@ def found(operands, q, entries, lse, choice, d_scores, interpret):
 
 
 @pytest.mark.usefixtures("small_fetches")
-# Not shrunk: the interpreter would need minutes for it.
-@settings(
-    max_examples=5,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@few(5)
 @given(
     batch=st.integers(1, 2),
     length=st.integers(1, 5),

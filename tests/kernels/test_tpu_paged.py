@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from drawing import few
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
@@ -86,15 +87,7 @@ def check(q, pages, indices, interpret):
 
 
 @pytest.mark.usefixtures("small_tiles")
-# Not shrunk: the interpreter would need minutes for it.
-@settings(
-    max_examples=4,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@few(4)
 @given(
     storage=st.sampled_from([FP8, BF16]),
     per_block=st.sampled_from([1, 4, 32]),

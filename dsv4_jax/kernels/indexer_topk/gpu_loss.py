@@ -42,20 +42,9 @@ def forward(
     scale: float,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention mass and index scores of the chosen entries.
+    """Attention mass and index scores of chosen entries, as `xla_loss.forward`, for what `supports` takes.
 
-    Args:
-        operands: that `supports` takes; queries [B, S, Hi, di], keys [B, T, di], weights [B, S, Hi].
-        q: attention queries [B, S, H, K] BF16.
-        entries: [B, T, K] BF16.
-        lse: log-sum-exp of the attention [B, S, H] float32.
-        choice: entries of each query, int32 [B, S, k], -1 is unused.
-        scale: factor of the attention scores.
-        interpret: False on a GPU; the parameters of Pallas' GPU interpreter elsewhere.
-
-    Returns:
-        `sum_h exp(scale * q_h . e_i - lse_h)` and `sum_h w_h * relu(qi_h . k_i)` of each chosen entry i, [B, S, k]
-        float32 both, 0 where unused.
+    `interpret`: False on a GPU; the parameters of Pallas' GPU interpreter elsewhere.
     """
     from dsv4_jax.kernels.indexer_topk.gpu_chosen import masses, scores
 

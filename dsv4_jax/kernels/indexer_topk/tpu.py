@@ -116,12 +116,25 @@ def _choose(
 
 def _score(start, stop, seen, q_ref, weights_ref, keys_ref, tiles, arrived, heads_ref, scores_ref, bf16) -> None:
     """Ordered scores of the key tiles start <= i < stop."""
-    row, (queries, heads, width) = pl.program_id(0), q_ref.shape[1:]
+    queries, heads, width = q_ref.shape[1:]
     for t in range(queries):  # a weight for every number of a row of products
         column = weights_ref[0, pl.ds(t, 1)].reshape(heads, 1)
         heads_ref[pl.ds(t * heads, heads)] = jnp.broadcast_to(column, (heads, LANES))
-    q = q_ref[0].reshape(queries * heads, width)
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    def score(i, products):
+        for c in range(TILE // LANES):
+            part = jnp.maximum(products[:, c * LANES : (c + 1) * LANES], 0.0) * heads_ref[...]
+            scores = part.reshape(queries, heads, LANES).sum(1)
+            index = i * TILE + c * LANES + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            known = jnp.where(seen(index), ordered(scores, bf16), UNSEEN)
+            scores_ref[chunks(i * (TILE // LANES) + c)] = known
+
+    each_tile(score, start, stop, q_ref[0].reshape(queries * heads, width), keys_ref, tiles, arrived)
+
+
+def each_tile(use, start, stop, q, keys_ref, tiles, arrived) -> None:
+    """`use(i, products [n, TILE])` of q [n, di] and the key tiles start <= i < stop, with the next tile on its way."""
+    row, precision = pl.program_id(0), jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def fetch(i):
         source = keys_ref.at[row, pl.ds(i * TILE, TILE)]
@@ -130,15 +143,8 @@ def _score(start, stop, seen, q_ref, weights_ref, keys_ref, tiles, arrived, head
     def one(i, _):
         pl.when(i + 1 < stop)(lambda: fetch(i + 1).start())
         fetch(i).wait()
-        products = jax.lax.dot_general(
-            q, tiles[i % 2], (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
-        for c in range(TILE // LANES):
-            part = jnp.maximum(products[:, c * LANES : (c + 1) * LANES], 0.0) * heads_ref[...]
-            scores = part.reshape(queries, heads, LANES).sum(1)
-            index = i * TILE + c * LANES + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-            known = jnp.where(seen(index), ordered(scores, bf16), UNSEEN)
-            scores_ref[chunks(i * (TILE // LANES) + c)] = known
+        over_width = (((1,), (1,)), ((), ()))
+        use(i, jax.lax.dot_general(q, tiles[i % 2], over_width, precision, jnp.float32))
         return _
 
     pl.when(start < stop)(lambda: fetch(start).start())

@@ -96,28 +96,16 @@ def _choose(bounds_ref, q_ref, weights_ref, keys_ref, out_ref, tiles, arrived, s
 
 def _score(lo, hi, q_ref, weights_ref, keys_ref, tiles, arrived, scores_ref, bf16) -> None:
     """Ordered scores of the tiles of keys with entries lo <= i < hi, a row of scores each."""
-    row, start, stop = pl.program_id(0), jax.lax.div(lo, TILE), best.reaching(hi, TILE)
-    q, heads = q_ref[0, 0], q_ref.shape[2]
+    heads = q_ref.shape[2]
     weights = jnp.broadcast_to(weights_ref[0, 0].reshape(heads, 1), (heads, LANES))
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
-    def fetch(i):
-        source = keys_ref.at[row, pl.ds(i * TILE, TILE)]
-        return pltpu.make_async_copy(source, tiles.at[i % 2], arrived.at[i % 2])
-
-    def one(i, _):
-        pl.when(i + 1 < stop)(lambda: fetch(i + 1).start())
-        fetch(i).wait()
-        products = jax.lax.dot_general(
-            q, tiles[i % 2], (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+    def score(i, products):
         parts = [products[:, p * LANES : (p + 1) * LANES] for p in range(QUERIES)]
         scores = jnp.concatenate([(jnp.maximum(x, 0.0) * weights).sum(0, keepdims=True) for x in parts], axis=0)
         place, lane = (jax.lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
         index = ONE.position(i, place, lane)
         known = jnp.where((index >= lo) & (index < hi), best.ordered(scores, bf16), UNSEEN)
         scores_ref[best.chunks(i)] = known
-        return _
 
-    pl.when(start < stop)(lambda: fetch(start).start())
-    jax.lax.fori_loop(start, stop, one, 0)
+    start, stop = jax.lax.div(lo, TILE), best.reaching(hi, TILE)
+    tpu.each_tile(score, start, stop, q_ref[0, 0], keys_ref, tiles, arrived)

@@ -36,20 +36,9 @@ def forward(
     scale: float,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """What attention and the indexer think of the entries that each query chose.
+    """Attention mass and index scores of chosen entries, as `xla_loss.forward`, for what `supports` takes.
 
-    Args:
-        operands: of the index scores, dtypes as `supports` takes them.
-        q: attention queries [B, S, H, K].
-        entries: compressed entries [B, T, K].
-        lse: joint log-sum-exp [B, S, H] of the layer's attention, float32.
-        choice: int32 [B, S, k], -1 is unused.
-        scale: factor of the attention scores.
-        interpret: False on a TPU; `pltpu.InterpretParams()` elsewhere.
-
-    Returns:
-        `sum_h exp(scale * q_h . e - lse_h)` and the index scores of the chosen entries, both [B, S, k] float32, 0 where
-        unused.
+    `interpret`: False on a TPU; `pltpu.InterpretParams()` elsewhere.
     """
     words = tpu_fetch.words_of(entries, operands.keys)
     chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries.shape[1])

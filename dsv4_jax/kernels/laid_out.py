@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dsv4_jax.kernels.chunks import chunk_length, join, split
 from dsv4_jax.kernels.pages import Pages
@@ -60,7 +61,8 @@ def _laid_out(pages: Pages, tables: jax.Array, count: jax.Array, dtype: Any, wid
     def add_tile(i: jax.Array, rows: jax.Array) -> jax.Array:
         index, entries = some.tile(i, columns, dtype)
         entries = jnp.where((index < count[:, None])[..., None], entries, 0)
-        return jax.lax.dynamic_update_slice_in_dim(rows, entries, index[0], axis=1)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, entries, index[0], axis=1)
+        return with_layout_constraint(rows, Layout((0, 1, 2)))  # a kernel's; else XLA copies all of it behind the loop
 
     # Filling it would cost by the capacity, not by what is seen. Tiles that do not end where a kernel's do need it.
     ends_well = columns * pages.per_block % WHOLE == 0 or columns == tables.shape[1]

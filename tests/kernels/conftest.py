@@ -17,7 +17,7 @@ def interpreter():
 @pytest.fixture
 def small_fetches(monkeypatch):
     """Few queries and rows at a time in kernels that fetch rows: few already need several steps, and padding."""
-    for name, few in {"QUERIES": 4, "BACKWARD_QUERIES": 4, "UNROLL": 2, "TILE": 4}.items():
+    for name, few in {"QUERIES": 4, "UNROLL": 2, "TILE": 4}.items():
         monkeypatch.setattr(tpu_fetch, name, few)
 
 

@@ -9,7 +9,7 @@ from dsv4_jax.kernels import platforms
 from dsv4_jax.kernels.indexer_topk import IndexOperands, tpu_loss
 from dsv4_jax.kernels.pages import Pages
 from dsv4_jax.kernels.pools import InWords
-from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, tpu_pages, window_attention
+from dsv4_jax.kernels.sparse_attention import gather_attention, range_attention, tpu_pages, tpu_sums, window_attention
 from dsv4_jax.quantization.storage import Fp8WithRope, Plain
 from sharding.targets import parse_target
 
@@ -57,15 +57,20 @@ def compiled(branch, chip, heads, count, entries):
 @pytest.mark.parametrize("chip", SLICES)
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize(
-    ("branch", "entries", "kernels"), [(gathered, 1 << 16, 2), (ranged, 8192, 3), (windowed, LENGTH, 4)]
+    ("branch", "entries", "kernels"),
+    [(gathered, 1 << 14, 2), (gathered, 1 << 16, 2), (ranged, 8192, 3), (windowed, LENGTH, 4)],
 )
 def test_kernels_compile_at_the_releases_shapes(branch, entries, kernels, shapes, chip):
     heads, count = SHAPES[shapes]
+    by_rows = branch is gathered and entries * WIDTH * 4 > tpu_sums.SUM_BYTES
+    if by_rows and shapes == "v4-flash":
+        pytest.skip("one of both is enough of gradients that do not fit into VMEM")
     program = compiled(branch, chip, heads, count, entries)
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == kernels
-    # Beside results: the words of the entries, and float32 gradients of the entries that a few queries chose.
+    assert program.as_text().count(" scatter(") == by_rows
+    # Beside results: the words of the entries, and their float32 gradient, or those of what a few queries chose.
     results = LENGTH * heads * WIDTH * 2
-    chosen = 64 * count * WIDTH * 4 + 3 * entries * WIDTH * 4 if branch is gathered else 2 * entries * WIDTH * 4
+    chosen = by_rows * 64 * count * WIDTH * 4 + (3 if branch is gathered else 2) * entries * WIDTH * 4
     assert program.memory_analysis().temp_size_in_bytes < 3 * results + 1.5 * chosen
 
 
@@ -96,10 +101,9 @@ def test_the_loss_of_the_indexer_compiles_at_the_releases_shapes(shapes, chip):
 
     # Words of entries and keys, twice at most, and nothing that grows with queries x entries x heads.
     assert memory(forward, operands, q, rows, lse, choice) < 2 * entries * 3 * 512
-    # Words of keys, their float32 gradient twice, and the gradients of the entries that a few queries chose.
-    few = 64 * count * index_width * 4
+    # Words of keys, and their float32 gradient for each of two parts of the queries, twice.
     backward = memory(tpu_loss.backward, operands, choice, array(jnp.float32, LENGTH, count))
-    assert backward < entries * (512 + 2 * index_width * 4) + 3 * few
+    assert backward < entries * (512 + 4 * index_width * 4)
 
 
 def decoded(branch, chip, heads, count, pool, queries):

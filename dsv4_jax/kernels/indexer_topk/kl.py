@@ -41,8 +41,8 @@ def index_loss(
         q: attention queries [B, S, H, K].
         entries: compressed entries [B, T, K].
         lse: joint log-sum-exp [B, S, H] of the layer's attention.
-        choice: chosen indices [B, S, k] (-1 unused) to compare over the chosen entries (`recall` is then 1), or bounds
-            [B, S, 2] (lo, hi) to compare over all visible ones.
+        choice: chosen indices [B, S, k] (-1 unused, others once), to compare over these entries (`recall` is then 1),
+            or bounds [B, S, 2] (lo, hi) to compare over all visible ones.
         scale: factor of the attention scores.
         k: top-k whose recall is measured in the dense case; 0 when `choice` holds chosen indices.
     """

@@ -4,8 +4,8 @@ An entry and its index key have the same number and lie behind one another, so t
 (`sparse_attention/tpu_fetch.py`). Mass and scores are sums over heads of a product with a query's entries or keys: of
 each entry one number, whatever the others are. Heads are apart only in VMEM.
 
-The backward pass fetches the keys alone and computes their products again. Gradients of a query's chosen keys come out
-as rows, [k, di], and are added up in the order of queries: equal inputs give equal bits.
+The backward pass fetches the keys alone and computes their products again. Gradients of a query's chosen keys are added
+to those of all keys, as attention's are (`sparse_attention/tpu_sums.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels.indexer_topk.operands import IndexOperands
-from dsv4_jax.kernels.sparse_attention import tpu, tpu_fetch
+from dsv4_jax.kernels.sparse_attention import tpu, tpu_fetch, tpu_sums
 
 
 def supports(operands: IndexOperands, q: jax.Array, entries: jax.Array) -> bool:
@@ -51,7 +51,7 @@ def forward(
         in_specs=[
             of_rows,
             *(tpu_fetch.per_query(*x.shape[2:]) for x in (q, lse, queries, weights)),
-            pl.BlockSpec(memory_space=pl.ANY),
+            tpu_fetch.IN_HBM,
         ],
         out_specs=[tpu_fetch.per_tile(tiles)] * 2,
         out_shape=[jax.ShapeDtypeStruct((batch, tiles, slots, tpu_fetch.TILE), jnp.float32)] * 2,
@@ -116,59 +116,52 @@ def backward(
     Returns:
         Of the queries [B, S, Hi, di], the keys [B, T, di] and the weights [B, S, Hi].
     """
-    words = tpu_fetch.words_of(operands.keys)
-    part = functools.partial(_backward, words, operands.keys.shape[1:], interpret)
+    part, width = functools.partial(_backward, interpret), tpu_fetch.whole_lanes(operands.keys.shape[-1])
     of_queries = operands.queries, operands.weights, jnp.where(choice >= 0, d_scores, 0.0)
-    (d_queries, d_weights), d_keys = tpu_fetch.in_order(part, of_queries, choice, operands.keys)
+    (d_queries, d_weights), d_keys = tpu_sums.add_up(part, of_queries, choice, operands.keys, width)
     return d_queries, d_keys, d_weights.astype(operands.weights.dtype)
 
 
-def _backward(words, shape, interpret, choice, queries, weights, d_scores):
-    """Gradients of the queries and the weights, and of each query's chosen keys: [B, S, k, di] float32."""
-    (length, count), (entries, width) = choice.shape[1:], shape
-    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, entries)
-    queries, weights = tpu_fetch.whole_steps(queries, tpu_fetch.whole_lanes(width)), tpu_fetch.whole_steps(weights)
+def _backward(interpret, sums, choice, queries, weights, d_scores, keys):
+    """Gradients of the queries and the weights, and of the keys as `sums` has them."""
+    (length, count), width, words = choice.shape[1:], queries.shape[-1], tpu_fetch.words_of(keys)
+    chosen, of_rows = tpu_fetch.rows_to_fetch(choice, keys.shape[1], sums.parts)
+    queries, weights = tpu_fetch.whole_steps(queries, sums.columns), tpu_fetch.whole_steps(weights)
     d_scores = tpu_fetch.in_tiles(d_scores)
-    (batch, slots, heads, columns), places = queries.shape, d_scores.shape[1] * tpu_fetch.TILE
+    batch, slots, heads, columns = queries.shape
     of_query = [tpu_fetch.per_query(*x.shape[2:]) for x in (queries, weights)]
     d_queries, d_weights, d_keys = pl.pallas_call(
-        functools.partial(_differentiate, interpreted=bool(interpret)),
+        functools.partial(_differentiate, sums=sums, interpreted=bool(interpret)),
         grid=(batch, slots // tpu_fetch.QUERIES),
-        in_specs=[
-            of_rows,
-            tpu_fetch.per_tile(d_scores.shape[1]),
-            *of_query,
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=[*of_query, pl.BlockSpec(memory_space=pl.ANY)],
+        in_specs=[of_rows, tpu_fetch.per_tile(d_scores.shape[1]), *of_query, tpu_fetch.IN_HBM, of_rows],
+        out_specs=[*of_query, tpu_fetch.IN_HBM],
         out_shape=[
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct(weights.shape, jnp.float32),
-            jax.ShapeDtypeStruct((batch, slots, places, columns), jnp.float32),
+            sums.result(batch, slots),
         ],
         scratch_shapes=[
             *tpu_fetch.buffers(count, words),
             pltpu.VMEM((heads, columns), jnp.float32),
             pltpu.VMEM((heads, tpu_fetch.TILE), jnp.float32),
-            pltpu.VMEM((2, places, columns), jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
+            *sums.memory(),
         ],
-        compiler_params=tpu_fetch.COMPILER,
+        compiler_params=sums.compiler,
         interpret=interpret,
         name="index_loss_backward",
-    )(chosen, d_scores, queries, weights, words)
-    return (d_queries[:, :length, :, :width], d_weights[:, :length]), d_keys[:, :length, :count, :width]
+    )(chosen, d_scores, queries, weights, words, sums.targets(choice))
+    return [d_queries[:, :length, :, :width], d_weights[:, :length]], d_keys
 
 
 def _differentiate(
-    chosen_ref, d_scores_ref, queries_ref, weights_ref, words_ref, d_queries_ref, d_weights_ref, d_keys_ref,
-    here, there, arrived, to_queries, to_weights, leaving, left, *, interpreted,
+    chosen_ref, d_scores_ref, queries_ref, weights_ref, words_ref, targets_ref, d_queries_ref, d_weights_ref,
+    d_keys_ref, here, there, arrived, to_queries, to_weights, *memory, sums, interpreted,
 ):  # fmt: skip
-    """Gradients of QUERIES queries; those of their keys leave by DMA while the next query computes."""
-    dtype = queries_ref.dtype
+    """Gradients of QUERIES queries; those of their keys go to `sums`."""
+    dtype, to_keys = queries_ref.dtype, (targets_ref, d_keys_ref, *memory)
 
     def before(t):
-        tpu_fetch.await_left(t, leaving, d_keys_ref, left)
+        sums.before(t, to_keys)
         to_queries[...] = jnp.zeros_like(to_queries)
         to_weights[...] = jnp.zeros_like(to_weights)
 
@@ -179,12 +172,13 @@ def _differentiate(
         to_weights[...] += jnp.maximum(products, 0.0) * d_scores
         d_products = jnp.where(products > 0, tpu_fetch.column(weights_ref, t) * d_scores, 0.0).astype(dtype)
         to_queries[...] += _dot(d_products, keys, 1, 0)
-        tpu_fetch.keep(t, i, _dot(d_products, queries, 0, 0), leaving)
+        sums.add(t, i, _dot(d_products, queries, 0, 0), to_keys)
 
     def behind(t):
         d_queries_ref[0, t] = to_queries[...].astype(dtype)
         d_weights_ref[0, pl.ds(t, 1)] = to_weights[...].sum(axis=1, keepdims=True).reshape(1, -1)
-        tpu_fetch.leave(t, leaving, d_keys_ref, left)
+        sums.behind(t, to_keys)
 
+    sums.begin(to_keys)
     tpu_fetch.each_tile(one, chosen_ref, words_ref, (here, there), arrived, interpreted, before, behind)
-    tpu_fetch.await_all_left(leaving, d_keys_ref, left)
+    sums.end(to_keys)

@@ -25,7 +25,7 @@ def range_attention(q: jax.Array, entries: jax.Array | Pages, lo: jax.Array, hi:
 
 
 def gather_attention(q: jax.Array, entries: jax.Array | Pages, indices: jax.Array, scale: float) -> Branch:
-    """Query t attends the entries `indices[t]` of its row, or of a cache's pages; -1 is unused."""
+    """Query t attends the entries `indices[t]` of its row, or of a cache's pages; -1 is unused, others occur once."""
     if isinstance(entries, Pages):
         return paged.gather_attention(q, entries, indices, scale)
     return rows.gather_attention(q, entries, indices, scale)

@@ -23,7 +23,17 @@ def range_attention(q: jax.Array, entries: jax.Array, lo: jax.Array, hi: jax.Arr
 
 
 def gather_attention(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float) -> Branch:
-    """Query t of q [B, S, H, K] attends the entries `indices[t]` of [B, T, K]; indices [B, S, k], -1 is unused."""
+    """Query t of q [B, S, H, K] attends the entries `indices[t]` of [B, T, K].
+
+    Args:
+        q: queries.
+        entries: shared by the heads.
+        indices: int32 [B, S, k]; -1 is unused, no other number occurs twice in a query's.
+        scale: factor of the scores.
+
+    Returns:
+        Output [B, S, H, K] and log-sum-exp [B, S, H].
+    """
     return _attend(q, entries, indices, scale, None, kernels_allowed())
 
 

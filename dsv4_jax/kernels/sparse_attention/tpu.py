@@ -6,9 +6,8 @@ memory, from where each row's DMA is issued, and two buffers alternate between a
 A query is cut into tiles of entries, whose softmax goes on from tile to tile, and the next query's DMAs are issued
 between a tile's instructions: they share bundles.
 
-The backward pass computes the weights again from the saved log-sum-exp. The gradients of a query's chosen entries come
-out as rows, [k, K], and are added up in the order of queries by XLA's scatter: there are no atomic additions, and equal
-inputs give equal bits.
+The backward pass computes the weights again from the saved log-sum-exp. The gradients of a query's chosen entries are
+added to those of all entries in VMEM, where these fit (`tpu_sums.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv4_jax.kernels.sparse_attention import tpu_fetch as fetch
-from dsv4_jax.kernels.sparse_attention import tpu_softmax
+from dsv4_jax.kernels.sparse_attention import tpu_softmax, tpu_sums
 from dsv4_jax.kernels.sparse_attention.tpu_softmax import NEVER
 from dsv4_jax.kernels.sparse_attention.xla import Branch
 
@@ -48,7 +47,7 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
     length, width = q.shape[1], q.shape[3]
     words, (chosen, of_rows) = fetch.words_of(entries), fetch.rows_to_fetch(indices, entries.shape[1])
     choice = fetch.in_tiles(indices, fill=-1)
-    q = fetch.whole_steps(q, words.shape[1] * fetch.LANES * 4 // q.dtype.itemsize)
+    q = fetch.whole_steps(q, fetch.width_of_words(q))
     batch, slots, heads, k_width = q.shape
     out, lse = pl.pallas_call(
         functools.partial(_attend, scale=scale, dtype=q.dtype, interpreted=bool(interpret)),
@@ -57,7 +56,7 @@ def forward(q: jax.Array, entries: jax.Array, indices: jax.Array, scale: float, 
             of_rows,
             fetch.per_tile(choice.shape[1]),
             fetch.per_query(heads, k_width),
-            pl.BlockSpec(memory_space=pl.ANY),
+            fetch.IN_HBM,
         ],
         out_specs=[fetch.per_query(heads, k_width), fetch.per_query(heads)],
         out_shape=[
@@ -112,59 +111,46 @@ def backward(
     """Gradients of q and entries, in their dtypes, from what `forward` was given and returned."""
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    part = functools.partial(_backward, entries, scale, interpret)
-    return fetch.in_order(part, (q, d_out, delta, lse), indices, entries)
+    part, width = functools.partial(_backward, scale, interpret), fetch.width_of_words(q)
+    (dq,), d_entries = tpu_sums.add_up(part, (q, d_out, delta, lse), indices, entries, width)
+    return dq, d_entries
 
 
-def _backward(entries, scale, interpret, indices, q, d_out, delta, lse):
-    """Gradients of the queries [B, S, H, K] and of each query's chosen entries [B, S, k, K] float32."""
+def _backward(scale, interpret, sums, indices, q, d_out, delta, lse, entries):
+    """Gradients of the queries, [[B, S, H, K]], and of the entries as `sums` has them."""
     length, width, count = q.shape[1], q.shape[3], indices.shape[-1]
-    words, (chosen, of_rows) = fetch.words_of(entries), fetch.rows_to_fetch(indices, entries.shape[1])
+    words = fetch.words_of(entries)
+    chosen, of_rows = fetch.rows_to_fetch(indices, entries.shape[1], sums.parts)
     choice = fetch.in_tiles(indices, fill=-1)
-    k_width = words.shape[1] * fetch.LANES * 4 // q.dtype.itemsize
     q, d_out, delta, lse = (
-        *(fetch.whole_steps(x, k_width) for x in (q, d_out)),
+        *(fetch.whole_steps(x, sums.columns) for x in (q, d_out)),
         *(fetch.whole_steps(x) for x in (delta, lse)),
     )
-    (batch, slots, heads, _), tiles = q.shape, choice.shape[1]
-    dq, d_keys = pl.pallas_call(
-        functools.partial(_differentiate, scale=scale, dtype=q.dtype, interpreted=bool(interpret)),
+    of_queries = [fetch.per_query(*x.shape[2:]) for x in (q, d_out, delta, lse)]
+    batch, slots, *shape = q.shape
+    dq, d_entries = pl.pallas_call(
+        functools.partial(_differentiate, sums=sums, scale=scale, dtype=q.dtype, interpreted=bool(interpret)),
         grid=(batch, slots // fetch.QUERIES),
-        in_specs=[
-            of_rows,
-            fetch.per_tile(tiles),
-            fetch.per_query(heads, k_width),
-            fetch.per_query(heads, k_width),
-            fetch.per_query(heads),
-            fetch.per_query(heads),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=[fetch.per_query(heads, k_width), pl.BlockSpec(memory_space=pl.ANY)],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, slots, tiles * fetch.TILE, k_width), jnp.float32),
-        ],
-        scratch_shapes=[
-            *fetch.buffers(count, words),
-            pltpu.VMEM((heads, k_width), jnp.float32),
-            pltpu.VMEM((2, tiles * fetch.TILE, k_width), jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
-        ],
-        compiler_params=fetch.COMPILER,
+        in_specs=[of_rows, fetch.per_tile(choice.shape[1]), *of_queries, fetch.IN_HBM, of_rows],
+        out_specs=[fetch.per_query(*shape), fetch.IN_HBM],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums.result(batch, slots)],
+        scratch_shapes=[*fetch.buffers(count, words), pltpu.VMEM(tuple(shape), jnp.float32), *sums.memory()],
+        compiler_params=sums.compiler,
         interpret=interpret,
         name="gather_attention_backward",
-    )(chosen, choice, q, d_out, delta, lse, words)
-    return dq[:, :length, :, :width], d_keys[:, :length, :count, :width]
+    )(chosen, choice, q, d_out, delta, lse, words, sums.targets(indices))
+    return [dq[:, :length, :, :width]], d_entries
 
 
 def _differentiate(
-    chosen_ref, choice_ref, q_ref, d_out_ref, delta_ref, lse_ref, words_ref, dq_ref, d_keys_ref,
-    here, there, arrived, to_queries, leaving, left, *, scale, dtype, interpreted,
+    chosen_ref, choice_ref, q_ref, d_out_ref, delta_ref, lse_ref, words_ref, targets_ref, dq_ref, d_entries_ref,
+    here, there, arrived, to_queries, *memory, sums, scale, dtype, interpreted,
 ):  # fmt: skip
-    """Gradients of QUERIES queries; those of their entries leave by DMA while the next query computes."""
+    """Gradients of QUERIES queries; those of their entries go to `sums`."""
+    to_entries = targets_ref, d_entries_ref, *memory
 
     def before(t):
-        fetch.await_left(t, leaving, d_keys_ref, left)
+        sums.before(t, to_entries)
         to_queries[...] = jnp.zeros_like(to_queries)
 
     def one(t, i, planes):
@@ -178,11 +164,12 @@ def _differentiate(
         over_heads = (((0,), (0,)), ((), ()))
         d_keys = jax.lax.dot_general(d_scores, q, over_heads, preferred_element_type=jnp.float32)
         d_keys += jax.lax.dot_general(weights.astype(dtype), d_out, over_heads, preferred_element_type=jnp.float32)
-        fetch.keep(t, i, d_keys, leaving)
+        sums.add(t, i, d_keys, to_entries)
 
     def behind(t):
         dq_ref[0, t] = to_queries[...].astype(dtype)
-        fetch.leave(t, leaving, d_keys_ref, left)
+        sums.behind(t, to_entries)
 
+    sums.begin(to_entries)
     fetch.each_tile(one, chosen_ref, words_ref, (here, there), arrived, interpreted, before, behind)
-    fetch.await_all_left(leaving, d_keys_ref, left)
+    sums.end(to_entries)

@@ -1,4 +1,4 @@
-"""Rows that queries chose, fetched on a TPU one by one, and their gradients, added up in order.
+"""Rows that queries chose, fetched on a TPU one by one.
 
 The rows of a query's choice arrive by DMA while another query computes. Their numbers lie in scalar memory, from where
 each row's DMA is issued, and two buffers alternate between arriving and being used.
@@ -18,11 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv4_jax.kernels.chunks import join, split
-
 LANES = 128
 QUERIES = 8  # per step of the grid; the first fetch of each step is not hidden
-BACKWARD_QUERIES = 64  # whose entries' gradients, [k, K] float32 each, exist at once
 UNROLL = 16  # row DMAs whose numbers are loaded together
 TILE = 256  # entries that are computed with, while about as many row DMAs are issued, in one block of instructions
 VMEM_BYTES = 56 << 20  # a tpu7x core has 64 MiB, and the compiler keeps some
@@ -30,6 +27,8 @@ VMEM_BYTES = 56 << 20  # a tpu7x core has 64 MiB, and the compiler keeps some
 COMPILER = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
 )
+
+IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def per_query(*last: int, **memory: Any) -> pl.BlockSpec:
@@ -53,23 +52,25 @@ def in_tiles(x: jax.Array, fill: int = 0) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, TILE).swapaxes(1, 2)
 
 
-def rows_to_fetch(indices: jax.Array, entries: int) -> tuple[jax.Array, pl.BlockSpec]:
+def rows_to_fetch(indices: jax.Array, entries: int, together: int = 1) -> tuple[jax.Array, pl.BlockSpec]:
     """Where the rows of each query's choice begin in `words_of`, and how QUERIES queries' lie in scalar memory.
 
-    What is fetched for an unused choice is some entry: nothing checks the addresses of a DMA.
+    What is fetched for an unused choice is the last entry: nothing checks the addresses of a DMA.
 
     Args:
         indices: int32 [B, S, k], -1 is unused.
         entries: T.
+        together: so many rows of `indices`, one after another, choose from the same entries.
 
     Returns:
         int32 [B, S / QUERIES, 1, QUERIES * k], S and k padded. In scalar memory they lie one behind the other, so that
         few instructions find the next one.
     """
-    count, together = indices.shape[-1], tiles_of(indices.shape[-1]) * UNROLL
-    indices = whole_steps(indices, count + -count % together)
+    count, whole = indices.shape[-1], tiles_of(indices.shape[-1]) * UNROLL
+    indices = whole_steps(indices, count + -count % whole, fill=-1)
     batch, slots, count = indices.shape
-    rows = jnp.clip(indices, 0, entries - 1) + entries * jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    sequence = jnp.arange(batch, dtype=jnp.int32)[:, None, None] // together
+    rows = jnp.where(indices < 0, entries - 1, jnp.minimum(indices, entries - 1)) + entries * sequence
     block = pl.BlockSpec((1, 1, 1, QUERIES * count), lambda b, i: (b, i, 0, 0), memory_space=pltpu.SMEM)
     return rows.reshape(batch, slots // QUERIES, 1, QUERIES * count), block
 
@@ -138,32 +139,6 @@ def _planes(buffer, first, interpreted):
     return buffer.reshape(*planes, LANES)[:, at]
 
 
-def keep(t, i, rows, buffer) -> None:
-    """The gradients [TILE, K] of a tile of the rows that query t chose, until all of them leave."""
-    buffer[t % 2, pl.ds(pl.multiple_of(i * TILE, TILE), TILE)] = rows
-
-
-def leave(t, buffer, rows_ref, left) -> None:
-    """The gradients of the rows that query t chose leave by DMA, while the next query computes."""
-    _leaving(t, buffer, rows_ref, left).start()
-
-
-def await_left(t, buffer, rows_ref, left) -> None:
-    """Waits until there is room for the gradients of the rows that query t chose."""
-    pl.when(t >= 2)(_leaving(t - 2, buffer, rows_ref, left).wait)
-
-
-def await_all_left(buffer, rows_ref, left) -> None:
-    """Waits for the last rows that were given to `leave`."""
-    for t in (QUERIES - 2, QUERIES - 1):
-        _leaving(t, buffer, rows_ref, left).wait()
-
-
-def _leaving(t, buffer, rows_ref, left):
-    row, first = pl.program_id(0), pl.program_id(1) * QUERIES
-    return pltpu.make_async_copy(buffer.at[t % 2], rows_ref.at[row, first + t], left.at[t % 2])
-
-
 def column(ref, t):
     """Numbers [1, H] of query t as a column [H, 1]."""
     return ref[0, pl.ds(t, 1)].reshape(-1, 1)
@@ -190,6 +165,11 @@ def buffers(choices: int, words: jax.Array) -> list[Any]:
 def rows_of(width: int, dtype: Any) -> int:
     """Rows of 128 words for `width` numbers."""
     return -(-width * jnp.dtype(dtype).itemsize // (LANES * 4))
+
+
+def width_of_words(x: jax.Array) -> int:
+    """Numbers of x's dtype that the words of an entry have room for, if it has as many as the last axis of x."""
+    return rows_of(x.shape[-1], x.dtype) * LANES * 4 // x.dtype.itemsize
 
 
 def words_of(*arrays: jax.Array) -> jax.Array:
@@ -222,28 +202,3 @@ def whole_steps(x: jax.Array, width: int | None = None, fill: int = 0) -> jax.Ar
     wide = 0 if width is None else width - x.shape[-1]
     pad = (0, 0), (0, -x.shape[1] % QUERIES), *((0, 0),) * (x.ndim - 3), (0, wide)
     return jnp.pad(x, pad, constant_values=fill)
-
-
-def in_order(part, operands, indices, entries):
-    """Few queries at a time: what `part` gives for them, and the gradient of `entries`, added up in their order.
-
-    Args:
-        part: of indices and operands, BACKWARD_QUERIES of each row, to a tree of arrays [B, BACKWARD_QUERIES, ...] and
-            the gradients of the entries that each query chose, [B, BACKWARD_QUERIES, k, K] float32.
-        operands: arrays [B, S, ...].
-        indices: int32 [B, S, k], -1 is unused.
-        entries: [B, T, K].
-
-    Returns:
-        The tree, of arrays [B, S, ...], and a gradient [B, T, K] in the entries' dtype.
-    """
-
-    def one(total, args):
-        indices, operands = args
-        found, rows = part(indices, *operands)
-        add = jax.vmap(lambda total, index, rows: total.at[index].add(rows, mode="drop"))
-        return add(total, jnp.where(indices >= 0, indices, entries.shape[1]), rows), found
-
-    parts = split(indices, BACKWARD_QUERIES, fill=-1), split(operands, BACKWARD_QUERIES)
-    total, found = jax.lax.scan(one, jnp.zeros(entries.shape, jnp.float32), parts)
-    return join(found, indices.shape[1]), total.astype(entries.dtype)

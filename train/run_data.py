@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,11 @@ def check_recall(recipe: Recipe, store: Source) -> None:
 
 
 SHUFFLE_ROWS = 1 << 16
-"""Rows shuffled together, at most: a small corpus whole, a large one in stretches of thousands of documents."""
+"""Rows shuffled together, at most: a small corpus whole, a large one in stretches of thousands of documents.
+
+Stretches of a large corpus are shares of what a stage reads: the next stage begins behind a stretch, and what the last
+one had left would not be read in this epoch.
+"""
 
 
 def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
@@ -88,6 +93,11 @@ def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
     data, configs, start = recipe.data, [], 0
     tokens = int(store.lengths[store.train_documents].sum())
     for stage in recipe.stages:
+        stretch = max(1, tokens // stage.sequence_length)
+        if stretch > SHUFFLE_ROWS:
+            rows = stage.steps * stage.batch_size
+            read = rows - int(rows * data.recall_share) + 1  # of text, at most
+            stretch = math.ceil(read / math.ceil(read / SHUFFLE_ROWS))
         configs.append(
             BatchConfig(
                 stage.sequence_length,
@@ -98,7 +108,7 @@ def batch_configs(recipe: Recipe, store: TokenStore) -> list[BatchConfig]:
                 recall=recall_task(recipe) if data.recall_share else None,
                 mixture=data.recall_share,
                 start=start,
-                shuffle_rows=min(SHUFFLE_ROWS, max(1, tokens // stage.sequence_length)),
+                shuffle_rows=stretch,
             )
         )
         start = Rows(store, configs[-1]).offset(stage.steps * stage.batch_size)

@@ -14,6 +14,7 @@ import pytest
 
 from dsv4_jax import cli, model
 from dsv4_jax.config_json import config_from_json
+from train import run_data
 from train.checkpointing import load_params
 from train.data.manifest import DataMismatchError
 from train.data.tokens import prepare
@@ -182,6 +183,15 @@ def test_a_stage_begins_in_the_text_behind_the_stretch_that_the_one_before_read(
     stretch = store.lengths[store.train_documents].sum() // 64  # a small corpus is shuffled whole
     assert 3 * 2 < stretch < SHUFFLE_ROWS
     assert first.shuffle_rows == stretch and (first.start, second.start) == (0, stretch * 64)
+
+
+def test_stages_skip_hardly_a_row_of_a_large_text(home, recipe, monkeypatch):
+    store = prepare(recipe.data.corpus, "bytes", cache=home / "cache")
+    mixed = find_recipe(home / "tiny.json", ["data.recall_share=0.1", "stages.dense.steps=10"])
+    monkeypatch.setattr(run_data, "SHUFFLE_ROWS", 8)
+    first, second = batch_configs(mixed, store)
+    assert first.shuffle_rows == 7  # of 20 rows 18 are text
+    assert (first.start, second.start) == (0, 21 * 64)
 
 
 def test_a_recall_task_that_does_not_fit_is_found_before_anything_is_written(home):

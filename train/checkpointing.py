@@ -96,7 +96,7 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is no checkpoint, or not that one.
           MismatchError: the tree, a shape or a dtype differs from the checkpoint's.
-          CheckpointError: every candidate is damaged.
+          CheckpointError: every candidate is damaged, or one cannot be read now; see `checkpoint_files.newest_good`.
         """
         self.wait()
         targets = records.named(abstract_state)

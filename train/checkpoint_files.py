@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dsv4_jax.paths import local_path
 from sharding.distributed import from_first
 from train import checkpoint_record as records
 from train.checkpoint_record import CheckpointError, DamagedError, Record
@@ -166,9 +167,8 @@ def committed_steps(folder: epath.Path) -> list[int]:
 
 
 def absolute(folder: str | os.PathLike) -> epath.Path:
-    """The folder as Orbax wants it; addresses with a scheme stay as they are."""
-    text = os.fspath(folder)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    """The folder as Orbax wants it. Raises UserError for an address instead of a path."""
+    return epath.Path(os.path.abspath(local_path(folder)))
 
 
 def listed(steps: list[int]) -> str:

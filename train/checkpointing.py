@@ -36,7 +36,7 @@ class Checkpoints:
     """The checkpoints of one run, in one folder.
 
     Args:
-      folder: local path or ``gs://`` style address; created by the first save.
+      folder: a local or mounted path, which all processes see; created by the first save.
       keep: how many of the newest steps stay.
       keep_every: steps divisible by this stay for ever, besides.
 

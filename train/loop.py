@@ -17,6 +17,7 @@ import jax
 from dsv4_jax.analysis.count import activated_parameters, total_parameters
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.partition import ALONE, Partition
+from dsv4_jax.paths import local_path
 from sharding.distributed import first_then_others, from_first
 from train import adapted
 from train.checkpointing import CheckpointError, Checkpoints
@@ -220,7 +221,7 @@ class Evaluators:
 def use_compilation_cache(cache: str | Path | None = None) -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told of another place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache or default_cache()) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(local_path(cache or default_cache()) / "compiled"))
 
 
 def _restored_or_new(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:

@@ -10,6 +10,7 @@ import jax
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import to_released_json
+from dsv4_jax.paths import local_path
 from train.data.manifest import Manifest, require_same_data
 from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
@@ -24,8 +25,8 @@ class RunFolder:
     """Paths of a run, and the checks that a folder belongs to it."""
 
     def __init__(self, folder: str | Path):
-        """Creates nothing yet."""
-        self.root = Path(folder).expanduser()
+        """Creates nothing yet. Raises UserError for an address instead of a path."""
+        self.root = local_path(folder)
         self.recipe, self.manifest = self.root / "recipe.json", self.root / "manifest.json"
         self.checkpoints, self.metrics = self.root / "checkpoints", self.root / "metrics.jsonl"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4_jax.errors import MissingPackageError, UserError
+from dsv4_jax.paths import local_path
 from train.data.manifest import Manifest, SourceFile
 
 RECIPE = "1"
@@ -35,7 +36,7 @@ def local_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
     Raises:
         FileNotFoundError: when nothing is there; UserError: when the files are of no known kind.
     """
-    root = Path(data).expanduser()
+    root = local_path(data)
     files = _data_files(root) if root.exists() else _matching(data)
     base = root if root.is_dir() else _common_folder(files)
     named = {path.relative_to(base).as_posix(): path for path in files}
@@ -52,7 +53,7 @@ def chat_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
         FileNotFoundError, UserError: as `local_corpus`, and for files of text.
     """
     manifest, _ = local_corpus(data)
-    root = Path(data).expanduser()
+    root = local_path(data)
     files = _data_files(root) if root.exists() else _matching(data)
     if _is_saved_dataset(root):
         return manifest, lambda: _saved_dataset(root, conversation_of)
@@ -97,7 +98,7 @@ def _data_files(root: Path) -> list[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    files = [Path(name) for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]
+    files = [Path(name) for name in sorted(glob.glob(str(local_path(pattern)), recursive=True))]
     if not files:
         raise FileNotFoundError(f"--data {pattern}: neither `python`, `prose`, nor an existing file, folder or glob")
     return _known([path for path in files if path.is_file()])

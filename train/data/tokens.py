@@ -20,6 +20,7 @@ import numpy as np
 
 from dsv4_jax.chat import encode_conversation
 from dsv4_jax.errors import UserError
+from dsv4_jax.paths import local_path
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from train.data.corpus import Corpus, Format, resolve
 from train.data.manifest import Manifest
@@ -135,7 +136,7 @@ def prepare(
         cache: folder of token files, `default_cache()` if not given.
         format: "chat" for conversations.
     """
-    corpus, cache = resolve(data, format), Path(cache or default_cache())
+    corpus, cache = resolve(data, format), local_path(cache or default_cache())
     vocabulary = _learned(corpus, vocab_size, cache) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     name = f"{corpus.manifest.corpus}-{corpus.manifest.hash[:16]}-{vocabulary.digest[:16]}"
     name += "-chat" if format == "chat" else ""

@@ -31,6 +31,7 @@ from train.report import finish
 from train.rollback import begin_rollback, episode_after, finish_rollback
 from train.run_data import Source, check_recall, describe, open_source, recall_task, stage_batches
 from train.run_folder import RunFolder
+from train.run_lock import alone_in
 from train.stability import Watch
 from train.stage_run import Programs, StageRun, Undo
 from train.starting import check_vocabulary, starting_weights
@@ -63,11 +64,17 @@ def train(
 
     Raises:
         RecipeError, ConfigError, DataMismatchError, CheckpointError: before anything is computed or overwritten.
+        UserError: as well, when another job is at work in the folder.
     """
-    config = recipe.check()
-    folder = RunFolder(out)
+    run = Run(recipe, recipe.check(), RunFolder(out), partition, compiled, watch)
+    with alone_in(run.folder.root):
+        return _whole(run, cache)
+
+
+def _whole(run: Run, cache: str | Path | None) -> dict[str, Any]:
+    """`train`, in a folder that no other job writes to."""
+    recipe, config, folder = run.recipe, run.config, run.folder
     resuming = from_first(lambda: folder.check(recipe))
-    run = Run(recipe, config, folder, partition, compiled, watch)
     for stage in recipe.stages:
         run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):

@@ -16,6 +16,7 @@ from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
 from train.recipe import Recipe, RecipeError, recipe_to_json
 from train.recipe_json import read_json
+from train.run_lock import LOCK
 
 FREE = ("name", "about", "cadence", "stability")
 """Settings that may change when a run goes on: they do not touch what an undisturbed run computes."""
@@ -36,7 +37,7 @@ class RunFolder:
         Raises:
             RecipeError: when it holds a run with other settings, or files that are no run.
         """
-        if not self.root.exists() or not any(self.root.iterdir()):
+        if not self.root.exists() or all(path.name == LOCK for path in self.root.iterdir()):
             return False
         if not self.recipe.is_file():
             raise RecipeError(f"{self.root} holds files but no recipe.json, so it is no run: give another --out")

@@ -154,6 +154,74 @@ def test_wrong_data_flags_are_explained(tmp_path):
         texts(resolve(str(tmp_path / "bad.jsonl")))
 
 
+LINES = [json.dumps({"text": f"line {i}"}) for i in range(30)]
+TALKS = [json.dumps({"messages": [{"role": r, "content": f"{i}"} for r in ("user", "assistant")]}) for i in range(30)]
+HALF = '{"text": "half \\ud83d of it"}'
+
+
+def joined(*lines, encoding="utf-8"):
+    return "\n".join(lines).encode(encoding)
+
+
+UNREADABLE = {
+    "latin.jsonl": (joined(*LINES) + b'\n{"text": "caf\xe9"}', r"latin.jsonl:31 is not UTF-8 text"),
+    "half.jsonl": (joined(*LINES, HALF), r'half.jsonl:31: the text holds half of a character, as in "\\ud83d"'),
+    "cut.jsonl.gz": (gzip.compress(joined(*LINES))[:-40], r"cut.jsonl.gz:\d+ could not be read: .*end-of-stream"),
+    "plain.jsonl.gz": (joined(*LINES), r"plain.jsonl.gz:1 could not be read: Not a gzipped file"),
+    "cut.jsonl": (joined(*LINES)[:-5], r"cut.jsonl:30 is not JSON"),
+    "number.jsonl": (joined(*LINES, '{"text": 3}'), r"number.jsonl:31 has no text in the field 'text'"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name):
+    content, words = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        prepare(str(tmp_path), "bytes", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "user", "content": "only a question"}], "talks.jsonl:31: there is no message of the assistant"),
+        ([{"role": "human", "content": "x"}], r"talks.jsonl:31: messages\[0\].*human"),
+        (["no message"], r"talks.jsonl:31: messages\[0\]"),
+        ([], "talks.jsonl:31 has no messages"),
+        ([{"role": "user", "content": "\ud83d"}], "talks.jsonl:31: a message holds half of a character"),
+    ],
+)
+def test_a_conversation_that_cannot_be_used_is_named_with_its_line(tmp_path, messages, words):
+    (tmp_path / "talks.jsonl").write_bytes(joined(*TALKS, json.dumps({"messages": messages})))
+    with pytest.raises(UserError, match=words):
+        prepare(str(tmp_path / "talks.jsonl"), "bytes", cache=tmp_path / "cache", format="chat")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(joined(*LINES, encoding="utf-8-sig"))
+    assert texts(resolve(str(tmp_path / "a.jsonl"))) == [f"line {i}" for i in range(30)]
+
+
+@pytest.mark.parametrize(("format", "rows", "null"), [("text", LINES, "text"), ("chat", TALKS, "messages")])
+def test_rows_that_are_null_are_left_out_and_counted_in_every_kind_of_table(tmp_path, caplog, format, rows, null):
+    datasets = pytest.importorskip("datasets")
+    rows = [rows[0], json.dumps({null: None}), *rows[1:], json.dumps({null: None})]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    datasets.Dataset.from_list([json.loads(row) for row in rows]).to_parquet(tmp_path / "a.parquet")
+    for name, first in (("a.jsonl", 2), ("a.parquet", 1)):
+        corpus = resolve(str(tmp_path / name), format)
+        assert len(corpus.entries) == 30
+        words = f"2 documents without text are left out ({name}:{first}, {name}:{first + 30})"
+        assert words in caplog.text
+
+
+def test_a_table_that_is_none_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"a.parquet:0 could not be read: "):
+        texts(resolve(str(tmp_path / "a.parquet")))
+
+
 def test_duplicates_and_empty_documents_are_dropped():
     corpus = Corpus(Manifest("x"), lambda: [("a", "1"), ("b", " \n"), ("c", "1"), ("d", "2")])
     assert list(corpus.documents()) == [("a", "1"), ("d", "2")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,8 @@ import numpy as np
 from dsv4_jax.errors import UserError
 from train.data import local_files, python_source
 from train.data.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 Format = Literal["text", "chat"]
 HELDOUT_FRACTION = 0.01
@@ -33,19 +36,27 @@ class Corpus:
     read: Callable[[], Iterable[tuple[str, str]]]
     format: Format = "text"
 
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """The documents as (name, text): empty ones and exact duplicates dropped."""
+    def documents(self, empty: list[str] | None = None) -> Iterator[tuple[str, str]]:
+        """The documents as (name, text), without duplicates and those that are empty, whose names `empty` gets."""
         seen: set[bytes] = set()
         for name, text in self.read():
             digest = content_hash(text)
-            if text.strip() and digest not in seen:
+            if not text.strip():
+                if empty is not None:
+                    empty.append(name)
+            elif digest not in seen:
                 seen.add(digest)
                 yield name, text
 
     @functools.cached_property
     def entries(self) -> list[tuple[bytes, int]]:
-        """Content hash and number of characters of each of `documents()`."""
-        return [(content_hash(text), len(text)) for _, text in self.documents()]
+        """Content hash and number of characters of each of `documents()`. Says how many were left out as empty."""
+        empty: list[str] = []
+        entries = [(content_hash(text), len(text)) for _, text in self.documents(empty)]
+        if empty:
+            named = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+            log.warning("%s: %d documents without text are left out (%s)", self.manifest.corpus, len(empty), named)
+        return entries
 
     @functools.cached_property
     def heldout(self) -> np.ndarray:

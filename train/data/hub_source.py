@@ -35,4 +35,4 @@ def hub_corpus(data: str, take: Take = text_of) -> tuple[Manifest, Callable[[], 
     files = [Path(file["filename"]) for file in rows.cache_files]
     named = (SourceFile.of(f"{number}-{path.name}", path) for number, path in enumerate(files))
     manifest = Manifest(Path(form["name"]).name, {"recipe": RECIPE, "split": split}, tuple(named))
-    return manifest, lambda: rows_of(rows, take)
+    return manifest, lambda: rows_of(rows, take, form["name"])

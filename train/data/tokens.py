@@ -149,13 +149,13 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     heldout = corpus.heldout
     with (folder / "tokens.bin").open("wb") as stream, _progress("tokenising", len(heldout)) as advance:
-        for texts in _batches(text for _, text in corpus.documents()):
-            ids, written = _encoded(corpus, tokenizer, texts)
+        for documents in _batches(corpus.documents()):
+            ids, written = _encoded(corpus, tokenizer, documents)
             np.concatenate(ids).astype(dtype).tofile(stream)
             answers += written
             lengths += map(len, ids)
-            sizes += [len(text.encode()) for text in texts]
-            advance(len(texts))
+            sizes += [len(text.encode()) for _, text in documents]
+            advance(len(documents))
     if answers:
         np.save(folder / "answers.npy", np.concatenate(answers))
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
@@ -168,19 +168,23 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "store.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
-def _encoded(corpus: Corpus, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _encoded(
+    corpus: Corpus, tokenizer: Tokenizer, documents: list[tuple[str, str]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The ids of each document; of conversations also which of them are the assistant's."""
     if corpus.format == "text":
-        return [_framed(tokenizer, encoded) for encoded in tokenizer.encode_batch(texts)], []
-    encoded = [_conversation(tokenizer, json.loads(text)) for text in texts]
+        return [_framed(tokenizer, encoded) for encoded in tokenizer.encode_batch([text for _, text in documents])], []
+    encoded = [_conversation(tokenizer, name, json.loads(text)) for name, text in documents]
     return [np.array(ids, np.uint32) for ids, _ in encoded], [np.array(written, bool) for _, written in encoded]
 
 
-def _conversation(tokenizer: Tokenizer, document: dict[str, Any]) -> tuple[list[int], list[bool]]:
-    thinks = any(message.get("reasoning_content") for message in document["messages"])
-    return encode_conversation(
-        tokenizer, document["messages"], "thinking" if thinks else "chat", tools=document.get("tools")
-    )
+def _conversation(tokenizer: Tokenizer, name: str, document: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    messages, tools = document["messages"], document.get("tools")
+    thinks = any(isinstance(message, dict) and message.get("reasoning_content") for message in messages)
+    try:
+        return encode_conversation(tokenizer, messages, "thinking" if thinks else "chat", tools=tools)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _learned(corpus: Corpus, vocab_size: int, cache: Path) -> Tokenizer:
@@ -205,11 +209,11 @@ def _framed(tokenizer: Tokenizer, ids: list[int]) -> np.ndarray:
     return np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.uint32)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -18,7 +18,7 @@ from dsv4_jax.analysis.count import activated_parameters, total_parameters
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.partition import ALONE, Partition
 from dsv4_jax.paths import local_path
-from sharding.distributed import first_then_others, from_first
+from sharding.distributed import from_first
 from train import adapted
 from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
@@ -79,7 +79,7 @@ def _whole(run: Run, cache: str | Path | None) -> dict[str, Any]:
         run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):
         run.say(_headline(recipe, config, folder, resuming))
-        store = first_then_others(lambda: open_source(recipe, config, cache))
+        store = open_source(recipe, config, cache)
         check_recall(recipe, store)
         if not resuming and isinstance(store, TokenStore):
             check_vocabulary(recipe, store.tokenizer)

@@ -2,6 +2,8 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
+import shutil
 import sys
 import types
 
@@ -11,6 +13,7 @@ import pytest
 from dsv4_jax.errors import UserError
 from dsv4_jax.tokenizer import ByteTokenizer
 from train.data import corpus as corpora
+from train.data import manifest as manifests
 from train.data import tokens as token_files
 from train.data.corpus import Corpus, choose_heldout, resolve
 from train.data.manifest import DataMismatchError, Manifest, SourceFile, require_same_data
@@ -248,6 +251,63 @@ def test_a_manifest_survives_json_and_detects_damage(tmp_path):
     (tmp_path / "m.json").write_text((tmp_path / "m.json").read_text().replace('"a"', '"z"'))
     with pytest.raises(ValueError, match="edited or damaged"):
         Manifest.load(tmp_path / "m.json")
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that are read to be hashed; files may be as young as they like."""
+    read, of = [], SourceFile.of
+
+    def seen(name, content):
+        read.append(name)
+        return of(name, content)
+
+    monkeypatch.setattr(SourceFile, "of", seen)
+    monkeypatch.setattr(manifests, "SETTLED", 0)
+    return read
+
+
+def test_files_are_hashed_once_and_again_when_anything_about_them_changed(tmp_path, hashed):
+    folder, cache = folder_of(tmp_path, 4), tmp_path / "cache"
+    first = resolve(str(folder), cache=cache).manifest
+    assert first == resolve(str(folder)).manifest and len(hashed) == 8
+    hashed.clear()
+    assert resolve(str(folder), cache=cache).manifest == first and hashed == []
+    file = folder / "02.txt"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_text(file.read_text().replace("document", "DOCUMENT"))
+    os.utime(file, ns=times)  # size and date are what they were, as a copying program may leave them
+    changed = resolve(str(folder), cache=cache).manifest
+    assert changed != first and changed == resolve(str(folder)).manifest and hashed[:1] == ["02.txt"]
+    hashed.clear()
+    (folder / "new.txt").write_text("new")
+    assert len(resolve(str(folder), cache=cache).manifest.files) == 5
+    (tmp_path / "cache" / "hashes").chmod(0o500)
+    assert resolve(str(folder), cache=cache).manifest == resolve(str(folder)).manifest
+
+
+def test_a_file_that_was_changed_just_now_is_hashed_again(tmp_path, hashed, monkeypatch):
+    """A further change may leave its times as they are, where clocks of files tick slowly."""
+    monkeypatch.setattr(manifests, "SETTLED", 2_000_000_000)
+    folder = folder_of(tmp_path, 2)
+    for _ in range(2):
+        resolve(str(folder), cache=tmp_path / "cache")
+    assert hashed == ["00.txt", "01.txt"] * 2
+
+
+def test_other_processes_open_what_the_first_made_and_look_themselves_only_where_it_is_not(tmp_path, monkeypatch):
+    folder, made, caches = folder_of(tmp_path), [], (tmp_path / "one", tmp_path / "two")
+    monkeypatch.setattr(token_files, "from_first", lambda make: made.append(make()) or made[0])
+    first = prepare(str(folder), "bytes", cache=caches[0])
+    monkeypatch.setattr(token_files, "from_first", lambda make: made[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(token_files, "resolve", None)
+        assert prepare(str(folder), "bytes", cache=caches[0]).identity == first.identity
+    assert prepare(str(folder), "bytes", cache=caches[1]).identity == first.identity
+    (folder / "00.txt").write_text("on this machine it is another text")
+    shutil.rmtree(caches[1])
+    with pytest.raises(UserError, match="the files here are other ones than those of process 0"):
+        prepare(str(folder), "bytes", cache=caches[1])
 
 
 def test_other_data_is_refused_with_what_differs():

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -90,13 +91,14 @@ def choose_heldout(hashes: Sequence[bytes], sizes: Sequence[int]) -> np.ndarray:
     return chosen
 
 
-def resolve(data: str, format: Format = "text") -> Corpus:
+def resolve(data: str, format: Format = "text", cache: Path | None = None) -> Corpus:
     """The corpus that a `--data` flag names.
 
     `python`: the standard library and the installed requirements. `prose`: the documentation inside botocore. Otherwise
     a path: .txt/.md/.py (a document a file), .jsonl with .gz or .zst (field `text`), .parquet (column `text`), a folder
     or glob of such files, a folder written by Hugging Face `Dataset.save_to_disk`, or `hf:` and a name on its hub. With
-    the format "chat" tables alone, with conversations in the field `messages`.
+    the format "chat" tables alone, with conversations in the field `messages`. What was hashed of the files is kept in
+    the folder `cache`, so that it need not be read again.
 
     Raises:
         FileNotFoundError, UserError: when nothing is there or its kind is not known.
@@ -108,13 +110,13 @@ def resolve(data: str, format: Format = "text") -> Corpus:
         from train.data.hub_source import hub_corpus
 
         take = local_files.conversation_of if format == "chat" else local_files.text_of
-        return Corpus(*hub_corpus(data, take), format)
+        return Corpus(*hub_corpus(data, take, cache), format)
     if format == "chat":
-        return Corpus(*local_files.chat_corpus(data), format)
+        return Corpus(*local_files.chat_corpus(data, cache), format)
     if data == "python":
         return Corpus(*python_source.python_corpus())
     if data == "prose":
         from train.data.prose_source import prose_corpus
 
         return Corpus(*prose_corpus())
-    return Corpus(*local_files.local_corpus(data))
+    return Corpus(*local_files.local_corpus(data, cache))

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from dsv4_jax.errors import MissingPackageError, UserError
 from dsv4_jax.paths import local_path
-from train.data.manifest import Manifest, SourceFile
+from train.data.manifest import Manifest, source_files
 
 RECIPE = "1"
 TEXT_FIELD, CHAT_FIELD = "text", "messages"
@@ -27,10 +27,11 @@ Take = Callable[[Any, str], str]
 """The document in a row of a table, from the row and its name."""
 
 
-def local_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
+def local_corpus(data: str, cache: Path | None = None) -> tuple[Manifest, Callable[[], Documents]]:
     """Manifest and reader of what lies at a path or glob.
 
-    Fewer than 20 documents (one long file, say) are cut at line ends into about 64 pieces: some can be held out then.
+    Hashes of the files are kept in `cache`. Fewer than 20 documents (one long file, say) are cut at line ends into
+    about 64 pieces: some can be held out then.
 
     Raises:
         FileNotFoundError: when nothing is there; UserError: when the files are of no known kind.
@@ -39,19 +40,19 @@ def local_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
     files = _data_files(root) if root.exists() else _matching(data)
     base = root if root.is_dir() else _common_folder(files)
     named = {path.relative_to(base).as_posix(): path for path in files}
-    manifest = Manifest(root.name, {"recipe": RECIPE}, tuple(SourceFile.of(*entry) for entry in named.items()))
+    manifest = Manifest(root.name, {"recipe": RECIPE}, source_files(named, cache))
     if _is_saved_dataset(root):
         return manifest, lambda: cut_when_few(_saved_dataset(root))
     return manifest, lambda: cut_when_few(itertools.chain.from_iterable(_file(*entry) for entry in named.items()))
 
 
-def chat_corpus(data: str) -> tuple[Manifest, Callable[[], Documents]]:
+def chat_corpus(data: str, cache: Path | None = None) -> tuple[Manifest, Callable[[], Documents]]:
     """As `local_corpus`, of tables whose field "messages" holds a conversation; each document is one, as JSON.
 
     Raises:
         FileNotFoundError, UserError: as `local_corpus`, and for files of text.
     """
-    manifest, _ = local_corpus(data)
+    manifest, _ = local_corpus(data, cache)
     root = local_path(data)
     files = _data_files(root) if root.exists() else _matching(data)
     if _is_saved_dataset(root):

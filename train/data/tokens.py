@@ -22,6 +22,7 @@ from dsv4_jax.chat import encode_conversation
 from dsv4_jax.errors import UserError
 from dsv4_jax.paths import local_path
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from sharding.distributed import from_first
 from train.data.corpus import Corpus, Format, resolve
 from train.data.manifest import Manifest
 
@@ -129,18 +130,34 @@ def prepare(
 ) -> TokenStore:
     """The tokenised corpus of a `--data` and a `--tokenizer` flag; made once, then taken from the cache.
 
+    In a job of several processes all call it. Process 0 looks at the corpus; the others open what it made, and look for
+    themselves only where their cache does not hold it.
+
     Args:
         data: as `corpus.resolve` takes it.
         tokenizer: `bpe` (learned from the training documents of this corpus), or as `load_tokenizer` takes it.
         vocab_size: entries of the BPE.
         cache: folder of token files, `default_cache()` if not given.
         format: "chat" for conversations.
+
+    Raises:
+        UserError: for data that cannot be used, and where a process finds other data than process 0.
     """
-    corpus, cache = resolve(data, format), local_path(cache or default_cache())
+    folder = local_path(cache or default_cache())
+    make = lambda: _prepared(data, tokenizer, vocab_size, folder, format)  # noqa: E731
+    name = from_first(make)
+    if not (folder / "tokens" / name).is_dir() and (own := make()) != name:
+        raise UserError(f"--data {data}: the files here are other ones than those of process 0 ({own}, there {name})")
+    return TokenStore.open(folder / "tokens" / name)
+
+
+def _prepared(data: str, tokenizer: str, vocab_size: int, cache: Path, format: Format) -> str:
+    """Makes the token files if they are not there; the name of their folder in the cache's `tokens`."""
+    corpus = resolve(data, format, cache)
     vocabulary = _learned(corpus, vocab_size, cache) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     name = f"{corpus.manifest.corpus}-{corpus.manifest.hash[:16]}-{vocabulary.digest[:16]}"
     name += "-chat" if format == "chat" else ""
-    return TokenStore.open(_made_once(cache / "tokens" / name, lambda folder: tokenise(corpus, vocabulary, folder)))
+    return _made_once(cache / "tokens" / name, lambda folder: tokenise(corpus, vocabulary, folder)).name
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:

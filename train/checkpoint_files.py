@@ -87,8 +87,9 @@ def _read_arrays(path: epath.Path, targets: Mapping[str, jax.ShapeDtypeStruct]) 
 
 def _look_at(folder: epath.Path) -> None:
     """Raises what keeps a folder from being looked at: Orbax takes every such failure for a missing file."""
-    for entry in os.scandir(folder):
-        entry.stat()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            entry.stat()
 
 
 def _agreed(read: Callable[[], Any], path: epath.Path) -> Any:
@@ -158,11 +159,17 @@ def _worst(verdict: int) -> int:
 
 
 def committed_steps(folder: epath.Path) -> list[int]:
-    """The steps that Orbax finished, ascending, from the names in the folder alone."""
+    """The steps that Orbax finished, ascending, from the names in the folder alone.
+
+    Raises:
+        CheckpointError: the folder cannot be read now, which does not mean that it holds none.
+    """
     try:
         names = os.listdir(folder)
-    except FileNotFoundError:  # any other failure does not mean that there is none
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints in {folder} could not be read now: {error}") from error
     return sorted(int(n) for n in names if n.isdigit() and ocp.utils.is_checkpoint_finalized(folder / n))
 
 

@@ -54,7 +54,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The committed steps, ascending; committed does not mean verified (see `restore`)."""
+        """The committed steps, ascending; committed does not mean verified (see `restore`). Raises CheckpointError."""
         return files.committed_steps(self.folder)
 
     def save(self, step: int, state: PyTree, host: Mapping[str, Any]) -> None:
@@ -155,7 +155,9 @@ class Checkpoints:
     def _failed(self, error: Exception) -> CheckpointError:
         """Words the error, and drops the manager, whose list of steps a failed save leaves wrong."""
         self._release()
-        kept = listed(self.steps) if self.steps else "none, this was the first"
+        kept = "unknown"
+        with contextlib.suppress(CheckpointError):
+            kept = listed(self.steps) if self.steps else "none, this was the first"
         return CheckpointError(
             f"saving the checkpoint of step {self._saving} in {self.folder} failed: "
             f"{first_line(error)}{_free_space(self.folder)}. Earlier checkpoints intact: {kept}."

@@ -233,7 +233,7 @@ def use_compilation_cache(cache: str | Path | None = None) -> None:
 
 def _restored_or_new(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     finish_rollback(run.folder, checkpoints)
-    if not checkpoints.steps:
+    if not from_first(lambda: checkpoints.steps):
         return _new(run), {}
     state, host = _restored(run, checkpoints)
     run.say(f"resuming after step {int(state.step):,} of {run.recipe.steps:,}")

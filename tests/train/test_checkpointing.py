@@ -183,6 +183,15 @@ def test_a_step_that_cannot_be_read_now_ends_the_run_and_is_left_where_it_is(tmp
     assert Checkpoints(tmp_path / "run").restore(abstract(make_state(0)))[0] == 4
 
 
+def test_a_folder_that_cannot_be_read_now_is_not_an_empty_one(tmp_path):
+    saved(tmp_path / "run", [2]).close()
+    (tmp_path / "run").rename(tmp_path / "kept")
+    (tmp_path / "run").symlink_to("run")
+    with pytest.raises(CheckpointError, match="run could not be read now: .*symbolic links"):
+        Checkpoints(tmp_path / "run").restore(abstract(make_state(0)))
+    assert Checkpoints(tmp_path / "kept").steps == [2]
+
+
 def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_files, "PAUSES", (0.0,))
     saved(tmp_path, [2, 4]).close()

@@ -119,8 +119,9 @@ def source_files(named: Mapping[str, Path], cache: Path | None = None) -> tuple[
 
 
 def _known(kept: Path | None) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return json.loads(kept.read_text(encoding="utf-8")) if kept else {}
+    if kept is not None:
+        with suppress(OSError, ValueError):
+            return dict(json.loads(kept.read_text(encoding="utf-8")))
     return {}
 
 

@@ -8,6 +8,7 @@ from dsv4_jax import api, cli
 from dsv4_jax.checkpoint import read_config
 from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
+from dsv4_jax.inference.prefix_store import PrefixStore
 from dsv4_jax.paths import local_path
 from train.ablation_run import ablate
 from train.checkpointing import Checkpoints, load_params
@@ -30,6 +31,7 @@ ASKING = {
     "weights to begin with": settings_from,
     "model": api.load,
     "released folder": read_config,
+    "prefixes": lambda path: PrefixStore(path, {}),
     "config": config_from_json,
 }
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dsv4_jax.errors import UserError
 from sharding.distributed import from_first
@@ -23,6 +24,9 @@ except ImportError:  # Windows
 LOCK = ".lock"
 """The file in a run folder that says which process is at work there; locked as long as it is."""
 
+LEASE, PAUSE = 120.0, 5.0
+"""Seconds to wait for a lock of another machine, and between tries: an NFS server keeps those of a dead one for 90."""
+
 log = logging.getLogger(__name__)
 
 
@@ -30,8 +34,9 @@ log = logging.getLogger(__name__)
 def alone_in(folder: Path) -> Iterator[None]:
     """Keeps other jobs out of a run folder inside the `with` block; process 0 holds the lock for its whole job.
 
-    The system lets go of the lock when the process ends, however it ends: a killed job does not block its restart,
-    there or on another machine. Where the file system has no locks a warning is logged, and the block runs.
+    The system lets go of the lock when the process ends, however it ends, and a network disk lets go of it some time
+    after a machine died, for which a job on another machine waits: a killed job does not block its restart. Where the
+    file system has no locks a warning is logged, and the block runs.
 
     Raises:
         UserError: another job is at work there; with its machine and process.
@@ -53,7 +58,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 def _taken(folder: Path) -> list[int]:
     """The lock's file, open; nothing where there are no locks."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    path, last = folder / LOCK, time.monotonic() + LEASE
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -61,7 +66,12 @@ def _taken(folder: Path) -> list[int]:
         except OSError as error:
             os.close(lock)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(_in_use(path)) from error
+                holder = _holder(path)
+                if holder.get("host") == socket.gethostname() or time.monotonic() > last:
+                    raise UserError(_in_use(path, holder)) from error
+                log.warning("%s is locked by %s: perhaps that machine is gone, so this job waits", path, holder)
+                time.sleep(PAUSE)
+                continue
             path.unlink(missing_ok=True)
             log.warning(
                 "%s: this file system has no locks (%s), so see to it that no second job runs there", path, error
@@ -89,11 +99,15 @@ def _leads_to(path: Path, file: int) -> bool:
         return False
 
 
-def _in_use(path: Path) -> str:
-    who = "another job"
-    with suppress(OSError, ValueError, KeyError):
-        holder = json.loads(path.read_text())
-        who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+def _holder(path: Path) -> dict[str, Any]:
+    """What the holder of the lock wrote; nothing where that cannot be read, or not yet."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    return {}
+
+
+def _in_use(path: Path, holder: dict[str, Any]) -> str:
+    who = "process {process} on {host}, since {since}".format(**holder) if holder else "another job"
     return (
         f"{path.parent} is in use by {who}: wait for it, end it, or give this run another --out. (If that machine is "
         f"gone and a network disk still keeps its lock: delete {path})"

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dsv4_jax.errors import UserError
+from train import run_lock
 from train.run_lock import LOCK, alone_in
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +36,20 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path):
     assert (tmp_path / "run" / LOCK).exists()
     with alone_in(tmp_path / "run"), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
         alone_in(tmp_path / "run").__enter__()
+
+
+def test_a_lock_of_another_machine_is_waited_for_as_long_as_a_dead_one_may_keep_it(tmp_path, monkeypatch):
+    elsewhere = {"host": "elsewhere", "process": 7, "since": "noon"}
+    monkeypatch.setattr(run_lock, "LEASE", 0.1)
+    monkeypatch.setattr(run_lock, "PAUSE", 0.03)
+    first = alone_in(tmp_path)
+    first.__enter__()
+    (tmp_path / LOCK).write_text(json.dumps(elsewhere))
+    with pytest.raises(UserError, match="in use by process 7 on elsewhere, since noon"):
+        alone_in(tmp_path).__enter__()
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: first.__exit__(None, None, None))
+    with alone_in(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
 def test_nothing_of_it_stays_behind(tmp_path):

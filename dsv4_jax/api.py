@@ -17,6 +17,7 @@ from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
 from dsv4_jax.layers.kv_cache import Cache, init_cache
+from dsv4_jax.paths import local_path
 from dsv4_jax.presets import preset
 from dsv4_jax.quantization.storage import FormatName
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer
@@ -135,7 +136,7 @@ def load(
         UserError: when the folder holds no model, or one that is damaged or of another architecture.
         FileNotFoundError: when there is no such folder.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):

@@ -18,6 +18,7 @@ from dsv4_jax.config import FIELDS, DeepseekV4Config
 from dsv4_jax.config_checks import ConfigError, refuse_unknown
 from dsv4_jax.config_rope_json import read_rotary, whole, write_rope_parameters
 from dsv4_jax.layer_plan import ATTENTION_KINDS, CSA, HCA, RELEASED_KINDS, SLIDING
+from dsv4_jax.paths import local_path
 
 log = logging.getLogger(__name__)
 Json = dict[str, Any]
@@ -148,7 +149,8 @@ def read_json(path: str | Path) -> Json:
         FileNotFoundError: when there is no such file.
         ConfigError: when it is not a JSON object.
     """
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    file = local_path(path)
+    file = file / "config.json" if file.is_dir() else file
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: a model folder holds a config.json")
     try:

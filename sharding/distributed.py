@@ -86,13 +86,6 @@ def from_first(make: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
-def first_then_others(make: Callable[[], Any]) -> Any:
-    """What `make` gives: on process 0 first, so that the others find in the cache what it has made."""
-    kept: list[Any] = []
-    from_first(lambda: kept.append(make()))
-    return kept[0] if kept else make()
-
-
 @contextmanager
 def only_first_speaks() -> Iterator[None]:
     """Inside, what the processes behind the first print goes nowhere; errors do not pass through here."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsv4_jax.config_checks import nearest
+from dsv4_jax.paths import local_path
 from train.ablation import Variant, variants
 from train.ablation_costs import costs_of
 from train.ablation_plot import draw_ablation
@@ -48,7 +49,7 @@ def ablate(
             anything is computed or overwritten.
     """
     base = _with_far(recipe)
-    chosen, root = _chosen(base, names), Path(out).expanduser()
+    chosen, root = _chosen(base, names), local_path(out)
     jobs = [(variant, seed) for seed in range(recipe.seed, recipe.seed + seeds) for variant in chosen]
     recipes = {(v.name, seed): _named(v, v.change(dataclasses.replace(base, seed=seed))) for v, seed in jobs}
     _check(base, recipes, root)

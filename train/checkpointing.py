@@ -36,26 +36,25 @@ class Checkpoints:
     """The checkpoints of one run, in one folder.
 
     Args:
-      folder: local path or ``gs://`` style address; created by the first save.
+      folder: a local or mounted path, which all processes see; created by the first save.
       keep: how many of the newest steps stay.
-      keep_every: steps divisible by this stay for ever, besides.
 
     In a run of several processes every process makes the same calls in the same order.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 3, keep_every: int | None = None):
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 3):
         """See the class; nothing is read or written yet."""
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint has to stay")
         self.folder = absolute(folder)
-        self._keep, self._keep_every = keep, keep_every
+        self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
         self._damaged: list[int] = []
 
     @property
     def steps(self) -> list[int]:
-        """The committed steps, ascending; committed does not mean verified (see `restore`)."""
+        """The committed steps, ascending; committed does not mean verified (see `restore`). Raises CheckpointError."""
         return files.committed_steps(self.folder)
 
     def save(self, step: int, state: PyTree, host: Mapping[str, Any]) -> None:
@@ -96,7 +95,7 @@ class Checkpoints:
         Raises:
           FileNotFoundError: there is no checkpoint, or not that one.
           MismatchError: the tree, a shape or a dtype differs from the checkpoint's.
-          CheckpointError: every candidate is damaged.
+          CheckpointError: every candidate is damaged, or one cannot be read now; see `checkpoint_files.newest_good`.
         """
         self.wait()
         targets = records.named(abstract_state)
@@ -113,18 +112,6 @@ class Checkpoints:
             )
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), values.values())
         return record["step"], state, record["host"]
-
-    def latest_good(self) -> int | None:
-        """The newest step that reads and verifies, or None.
-
-        Reads whole arrays onto the first device, so it is for inspection in one process; a resuming run calls
-        `restore`, which verifies in the same pass.
-        """
-        self.wait()
-        try:
-            return newest_good(self.folder, None, records.abstract)[1]["step"]
-        except (FileNotFoundError, CheckpointError):
-            return None
 
     def wait(self) -> None:
         """Blocks until the save in progress is committed. Raises CheckpointError if it failed."""
@@ -155,9 +142,7 @@ class Checkpoints:
     def _writer(self) -> ocp.CheckpointManager:
         """The writing manager, made at the first save: opening it clears away what killed saves left half-written."""
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, keep_period=self._keep_every, cleanup_tmp_directories=True
-            )
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         return self._manager
 
@@ -170,7 +155,9 @@ class Checkpoints:
     def _failed(self, error: Exception) -> CheckpointError:
         """Words the error, and drops the manager, whose list of steps a failed save leaves wrong."""
         self._release()
-        kept = listed(self.steps) if self.steps else "none, this was the first"
+        kept = "unknown"
+        with contextlib.suppress(CheckpointError):
+            kept = listed(self.steps) if self.steps else "none, this was the first"
         return CheckpointError(
             f"saving the checkpoint of step {self._saving} in {self.folder} failed: "
             f"{first_line(error)}{_free_space(self.folder)}. Earlier checkpoints intact: {kept}."

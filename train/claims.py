@@ -24,6 +24,7 @@ from dsv4_jax.analysis.trace import trace
 from dsv4_jax.api import Model, load
 from dsv4_jax.config import HCA
 from dsv4_jax.lora import Lora
+from dsv4_jax.paths import local_path
 from train.ablation import variants
 from train.ablation_run import ablate
 from train.claims_plot import draw_claims
@@ -76,7 +77,7 @@ def measure_claims(
     Raises:
         RecipeError, ConfigError: before anything is computed or overwritten.
     """
-    task, root, known = _task(recipe), Path(out).expanduser(), variants(recipe)
+    task, root, known = _task(recipe), local_path(out), variants(recipe)
     names = [name for name in PAIRS if name in known]
     tuned = {(name, seed): _tuned(recipe, root, name, seed) for name in TUNED for seed in _seeds(recipe, seeds)}
     for one in tuned.values():

@@ -17,7 +17,8 @@ import jax
 from dsv4_jax.analysis.count import activated_parameters, total_parameters
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.partition import ALONE, Partition
-from sharding.distributed import first_then_others, from_first
+from dsv4_jax.paths import local_path
+from sharding.distributed import from_first
 from train import adapted
 from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
@@ -30,6 +31,7 @@ from train.report import finish
 from train.rollback import begin_rollback, episode_after, finish_rollback
 from train.run_data import Source, check_recall, describe, open_source, recall_task, stage_batches
 from train.run_folder import RunFolder
+from train.run_lock import alone_in
 from train.stability import Watch
 from train.stage_run import Programs, StageRun, Undo
 from train.starting import check_vocabulary, starting_weights
@@ -62,16 +64,22 @@ def train(
 
     Raises:
         RecipeError, ConfigError, DataMismatchError, CheckpointError: before anything is computed or overwritten.
+        UserError: as well, when another job is at work in the folder.
     """
-    config = recipe.check()
-    folder = RunFolder(out)
+    run = Run(recipe, recipe.check(), RunFolder(out), partition, compiled, watch)
+    with alone_in(run.folder.root):
+        return _whole(run, cache)
+
+
+def _whole(run: Run, cache: str | Path | None) -> dict[str, Any]:
+    """`train`, in a folder that no other job writes to."""
+    recipe, config, folder = run.recipe, run.config, run.folder
     resuming = from_first(lambda: folder.check(recipe))
-    run = Run(recipe, config, folder, partition, compiled, watch)
     for stage in recipe.stages:
         run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):
         run.say(_headline(recipe, config, folder, resuming))
-        store = first_then_others(lambda: open_source(recipe, config, cache))
+        store = open_source(recipe, config, cache)
         check_recall(recipe, store)
         if not resuming and isinstance(store, TokenStore):
             check_vocabulary(recipe, store.tokenizer)
@@ -220,12 +228,12 @@ class Evaluators:
 def use_compilation_cache(cache: str | Path | None = None) -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX was told of another place."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(cache or default_cache()) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(local_path(cache or default_cache()) / "compiled"))
 
 
 def _restored_or_new(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
     finish_rollback(run.folder, checkpoints)
-    if not checkpoints.steps:
+    if not from_first(lambda: checkpoints.steps):
         return _new(run), {}
     state, host = _restored(run, checkpoints)
     run.say(f"resuming after step {int(state.step):,} of {run.recipe.steps:,}")

@@ -10,11 +10,13 @@ import jax
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import to_released_json
+from dsv4_jax.paths import local_path
 from train.data.manifest import Manifest, require_same_data
 from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
 from train.recipe import Recipe, RecipeError, recipe_to_json
 from train.recipe_json import read_json
+from train.run_lock import LOCK
 
 FREE = ("name", "about", "cadence", "stability")
 """Settings that may change when a run goes on: they do not touch what an undisturbed run computes."""
@@ -24,8 +26,8 @@ class RunFolder:
     """Paths of a run, and the checks that a folder belongs to it."""
 
     def __init__(self, folder: str | Path):
-        """Creates nothing yet."""
-        self.root = Path(folder).expanduser()
+        """Creates nothing yet. Raises UserError for an address instead of a path."""
+        self.root = local_path(folder)
         self.recipe, self.manifest = self.root / "recipe.json", self.root / "manifest.json"
         self.checkpoints, self.metrics = self.root / "checkpoints", self.root / "metrics.jsonl"
 
@@ -35,7 +37,7 @@ class RunFolder:
         Raises:
             RecipeError: when it holds a run with other settings, or files that are no run.
         """
-        if not self.root.exists() or not any(self.root.iterdir()):
+        if not self.root.exists() or all(path.name == LOCK for path in self.root.iterdir()):
             return False
         if not self.recipe.is_file():
             raise RecipeError(f"{self.root} holds files but no recipe.json, so it is no run: give another --out")

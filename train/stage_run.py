@@ -15,7 +15,7 @@ import numpy as np
 from dsv4_jax.config_json import to_released_json
 from train import adapted
 from train.anticipation import Anticipation
-from train.checkpointing import Checkpoints
+from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import DataSourceError, ReadAhead
 from train.flops import training_flops_per_token
 from train.interruptions import RunLog, Terminated, Termination
@@ -222,10 +222,15 @@ class StageRun:
 
         Not in a run of several processes: the others wait for this one in the middle of a step.
         """
-        if jax.process_count() == 1 and done > max(self.checkpoints.steps, default=0):
-            lines.flush()
-            self.save(done, state, batches, anticipation)
-            self.checkpoints.wait()
+        if jax.process_count() == 1:
+            try:
+                self.checkpoints.wait()  # the save in progress may be that of this very step
+                if done > max(self.checkpoints.steps, default=0):
+                    lines.flush()
+                    self.save(done, state, batches, anticipation)
+                    self.checkpoints.wait()
+            except CheckpointError as failure:
+                return DataSourceError(f"{error} Besides, {failure}")
         steps = self.checkpoints.steps
         kept = f"Saved: step {steps[-1]:,}" if steps else "No step was done yet"
         return DataSourceError(f"{error} {kept}; the same command goes on from there")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import config_from_json
+from dsv4_jax.paths import local_path
 from dsv4_jax.shapes import tree_shapes
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer
 from train.checkpointing import load_params
@@ -30,7 +31,7 @@ def settings_from(folder: str) -> list[str]:
     Raises:
         RecipeError: when there is no such folder.
     """
-    place = Path(folder).expanduser().resolve()
+    place = local_path(folder).resolve()
     if not place.is_dir():
         raise RecipeError(f"there is no folder {place} to begin from: give a run, or a folder of safetensors")
     tokenizer = tokenizer_file(place)

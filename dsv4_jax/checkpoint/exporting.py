@@ -25,6 +25,7 @@ from dsv4_jax.checkpoint.storage import FLOAT_NAMES, Format, Quantise, Spec, qua
 from dsv4_jax.checkpoint.writing import plan_files, write_files
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import read_json, to_released_json, to_transformers_json
+from dsv4_jax.paths import local_path
 from dsv4_jax.quantization.formats import NAN_SCALE, quantise_fp4, quantise_fp8_tiles
 from dsv4_jax.shapes import flatten, is_table, tree_shapes
 
@@ -144,7 +145,7 @@ class _Export:
 
     def write(self, folder: str | Path, limit: int) -> None:
         """Write the whole folder; config.json comes last, so what is half written is no model."""
-        folder = Path(folder)
+        folder = local_path(folder)
         if present := sorted(p.name for pattern in ("config.json", "*.safetensors*") for p in folder.glob(pattern)):
             raise FileExistsError(f"{folder} already holds {present[0]}: choose another folder, nothing is overwritten")
         config_json = self._config_json()

@@ -15,6 +15,7 @@ from dsv4_jax.checkpoint.loading import Shardings, load_tree
 from dsv4_jax.checkpoint.matching import Source, match
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import config_from_json, has_dspark, read_json
+from dsv4_jax.paths import local_path
 
 log = logging.getLogger(__name__)
 Params = dict[str, Any]
@@ -98,6 +99,7 @@ def model_folder(folder: str | Path) -> Path:
     Raises:
         FileNotFoundError: when it is no folder.
     """
-    if not Path(folder).is_dir():
+    folder = local_path(folder)
+    if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: a folder with config.json and safetensors files is needed")
-    return Path(folder)
+    return folder

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from dsv4_jax.errors import UserError
+from dsv4_jax.paths import local_path
 
 if TYPE_CHECKING:
     from dsv4_jax.api import Model
@@ -59,7 +60,7 @@ class Audit:
 def main(arguments: Sequence[str]) -> None:
     """Parse `arguments`, trace and write."""
     asked = tyro.cli(Audit, args=list(arguments), prog="dsv4 audit", description=DESCRIPTION)
-    out = Path(asked.out)
+    out = local_path(asked.out)
     if out.exists() and not asked.force:
         raise FileExistsError(f"{out} is already there: name another page with --out, or replace it with --force")
     if asked.tokens < 2 or asked.documents < 1:
@@ -150,7 +151,7 @@ def heldout(asked: Audit, model: Model) -> list[tuple[str, list[int]]]:
     Raises:
         UserError: when the folder is no run.
     """
-    folder = Path(asked.checkpoint)
+    folder = local_path(asked.checkpoint)
     recipe = next(
         (place / "recipe.json" for place in (folder, folder.parent) if (place / "recipe.json").is_file()), None
     )

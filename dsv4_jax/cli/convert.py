@@ -15,6 +15,7 @@ from dsv4_jax.cli.info import find_config, short
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import has_dspark, read_json
 from dsv4_jax.errors import UserError
+from dsv4_jax.paths import local_path
 
 DESCRIPTION = """Write a checkpoint in another naming scheme or format, matrix by matrix: memory is one matrix.
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     elif asked.out is None:
         raise UserError("where to? give a folder to write, or --dry-run to list tensors")
     else:
-        write(asked, Path(asked.out).expanduser())
+        write(asked, local_path(asked.out))
 
 
 def dry_run(asked: Convert) -> None:
@@ -88,7 +89,7 @@ def write(asked: Convert, out: Path) -> None:
     """Convert to the folder `out`; says what was written."""
     from dsv4_jax.checkpoint import convert, save
 
-    source = Path(asked.checkpoint).expanduser()
+    source = local_path(asked.checkpoint)
     if source.is_dir() and (any(source.glob("*.safetensors")) or any(source.glob("*.safetensors.index.json"))):
         convert(source, out, asked.scheme, asked.quantise, dtype=asked.dtype)
     else:

@@ -34,6 +34,7 @@ from dsv4_jax.errors import UserError
 from dsv4_jax.inference.block_pool import BlockPool
 from dsv4_jax.inference.digest import params_digest
 from dsv4_jax.layers.kv_cache import stacks
+from dsv4_jax.paths import local_path
 
 Windows = Literal["full", "none"] | int
 FILL = 8  # blocks that are read or written at once
@@ -85,7 +86,7 @@ class PrefixStore:
         """Open or make the store in `folder` for the model with these parameters, which are read once."""
         if windows not in ("full", "none") and not (isinstance(windows, int) and windows > 0):
             raise UserError(f'windows is {windows!r}: it is "full", "none", or a number of tokens')
-        self.folder, self.windows, self.limit = Path(folder), windows, limit
+        self.folder, self.windows, self.limit = local_path(folder), windows, limit
         self.folder.mkdir(parents=True, exist_ok=True)
         self._params = params_digest(params)
 

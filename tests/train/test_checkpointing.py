@@ -1,5 +1,6 @@
 """A run can be killed, its disk can fill or rot, and what comes back is bitwise what was saved, or a clear refusal."""
 
+import errno
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import checkpoint_record
+from train import checkpoint_files, checkpoint_record
 from train.checkpointing import CheckpointError, Checkpoints, MismatchError, load_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,10 +85,9 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     assert np.unique(np.asarray(state["params"]["x"])).tolist() == [1.0]
 
 
-def test_the_newest_and_every_nth_step_stay(tmp_path):
-    with saved(tmp_path / "run", range(1, 9), keep=2, keep_every=4) as checkpoints:
-        assert checkpoints.steps == [4, 7, 8]
-        assert checkpoints.latest_good() == 8
+def test_the_newest_steps_stay(tmp_path):
+    with saved(tmp_path / "run", range(1, 6), keep=2) as checkpoints:
+        assert checkpoints.steps == [4, 5]
 
 
 def test_a_good_step_is_never_written_over(tmp_path):
@@ -108,7 +108,7 @@ def test_restoring_an_older_step_warns_that_newer_ones_are_in_the_way(tmp_path, 
 
 def test_an_empty_folder_is_told_apart_from_a_damaged_one(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none")
-    assert checkpoints.steps == [] and checkpoints.latest_good() is None
+    assert checkpoints.steps == []
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         checkpoints.restore(abstract(make_state(0)))
 
@@ -153,6 +153,60 @@ def test_a_damaged_step_is_skipped_with_a_message_and_set_aside_by_the_next_save
         checkpoints.save(4, make_state(4), HOST)
         assert_bitwise(checkpoints.restore(abstract(make_state(0)))[1], make_state(4))
         assert checkpoints.steps == [3, 4] and (tmp_path / "damaged-4").is_dir()
+
+
+def unreadable(path):
+    """A file that is there and cannot be opened: the system answers with an error of its own, not "no such file"."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def hide_data(step_folder):
+    unreadable(array_data(step_folder))
+
+
+def hide_record(step_folder):
+    unreadable(step_folder / "host" / "metadata")
+
+
+@pytest.mark.parametrize("hide", [hide_data, hide_record])
+def test_a_step_that_cannot_be_read_now_ends_the_run_and_is_left_where_it_is(tmp_path, caplog, monkeypatch, hide):
+    monkeypatch.setattr(checkpoint_files, "PAUSES", (0.0, 0.0))
+    saved(tmp_path / "run", [2, 4]).close()
+    shutil.copytree(tmp_path / "run" / "4", tmp_path / "kept")
+    hide(tmp_path / "run" / "4")
+    with pytest.raises(CheckpointError, match="4 could not be read now, and nothing was changed.*symbolic links"):
+        Checkpoints(tmp_path / "run").restore(abstract(make_state(0)))
+    assert caplog.text.count("another try") == 2
+    shutil.rmtree(tmp_path / "run" / "4")
+    shutil.copytree(tmp_path / "kept", tmp_path / "run" / "4")
+    assert Checkpoints(tmp_path / "run").restore(abstract(make_state(0)))[0] == 4
+
+
+def test_a_folder_that_cannot_be_read_now_is_not_an_empty_one(tmp_path):
+    saved(tmp_path / "run", [2]).close()
+    (tmp_path / "run").rename(tmp_path / "kept")
+    (tmp_path / "run").symlink_to("run")
+    with pytest.raises(CheckpointError, match="run could not be read now: .*symbolic links"):
+        Checkpoints(tmp_path / "run").restore(abstract(make_state(0)))
+    assert Checkpoints(tmp_path / "kept").steps == [2]
+
+
+def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "PAUSES", (0.0,))
+    saved(tmp_path, [2, 4]).close()
+    read, answers = checkpoint_files._read_arrays, [OSError(errno.ETIMEDOUT, "Connection timed out")]
+
+    def flaky(*arguments):
+        if answers:
+            raise answers.pop()
+        return read(*arguments)
+
+    monkeypatch.setattr(checkpoint_files, "_read_arrays", flaky)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(abstract(make_state(0)))[0] == 4
+        checkpoints.save(5, make_state(5), HOST)
+    assert not list(tmp_path.glob("damaged-*")) and Checkpoints(tmp_path).steps == [2, 4, 5]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops half-read files.
@@ -280,7 +334,9 @@ def test_killed_again_and_again_in_the_middle_of_saves_it_resumes_from_a_verifie
             process.kill()
             reached = max([reached, *(int(line.split()[1]) for line in process.stdout.read().splitlines() if line)])
     assert resumed == sorted(set(resumed)) and resumed[1] > 0
-    assert Checkpoints(tmp_path / "run").latest_good() >= resumed[-1]
+    folder = checkpoint_files.absolute(tmp_path / "run")
+    _, record = checkpoint_files.newest_good(folder, None, checkpoint_record.abstract)
+    assert record["step"] >= resumed[-1]
 
 
 RESHARDED = """
@@ -319,6 +375,7 @@ TWO_PROCESSES = """
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     from jax.experimental.multihost_utils import sync_global_devices
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from train import checkpoint_files
     from train.checkpointing import Checkpoints
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
     values = np.arange(96, dtype=np.float32).reshape(8, 12)
@@ -340,6 +397,14 @@ TWO_PROCESSES = """
         checkpoints.save(3, make(3), {"step": 3})
         checkpoints.wait()
         assert checkpoints.restore(wanted)[0] == 3
+        read, tries = checkpoint_files._read_arrays, []
+        def flaky(*arguments):
+            tries.append(rank)
+            if tries == [1]:
+                raise OSError("this process alone cannot read")
+            return read(*arguments)
+        checkpoint_files.PAUSES, checkpoint_files._read_arrays = (0.0,), flaky
+        assert checkpoints.restore(wanted)[0] == 3 and len(tries) == 2
 """
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import grain
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, ByteTokenizer
 from train.data.manifest import Manifest
-from train.data.packing import shuffled
+from train.data.packing import FirstFit, shuffled
 from train.data.pipeline import BatchConfig, Rows, TrainBatches, bits_per_byte, heldout_batches
 from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore
@@ -163,6 +164,48 @@ def test_first_fit_keeps_short_documents_whole_and_loses_nothing():
         found += documents_in({k: v[None] for k, v in rows[-1].items()})
     assert sorted(found) == expected
     assert np.mean([row["segment_ids"] > 0 for row in rows]) > 0.8
+
+
+def plainly_packed(lengths, row_length, seed, align=1, epoch=0):
+    """First fit over 32 open rows, as one writes it down: a list of (document, begin, end, column) for each row."""
+    closed, opened = [], []
+    for document in np.random.default_rng([seed, epoch, 0]).permutation(len(lengths)).tolist():
+        for begin in range(0, int(lengths[document]), row_length):
+            end = min(begin + row_length, int(lengths[document]))
+            row = next((row for row in opened if row[0] + end - begin <= row_length), None)
+            if row is None:
+                closed += [opened.pop(0)] if len(opened) == 32 else []
+                opened.append(row := [0, []])
+            row[1].append((document, begin, end, row[0]))
+            row[0] = -(-(row[0] + end - begin) // align) * align
+    return [pieces for _, pieces in closed + opened]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 150), min_size=1, max_size=300).filter(any),
+    st.sampled_from([(64, 1), (64, 8), (48, 3), (1, 1), (128, 128)]),
+    st.integers(0, 2),
+)
+def test_first_fit_is_first_fit(sizes, shape, seed):
+    (row_length, align), lengths = shape, np.array(sizes)
+    packing = FirstFit(lambda epoch: lengths, row_length, seed, align=align)
+    rows = [row for epoch in (0, 1) for row in plainly_packed(lengths, row_length, seed, align, epoch)]
+    assert [[tuple(piece[1:]) for piece in packing.row(i)] for i in range(len(rows))] == rows
+    assert next(packing.row(len(rows))).epoch == 2
+
+
+def test_first_fit_plans_many_documents_in_a_small_part_of_the_time_it_takes_plainly():
+    lengths = np.random.default_rng(0).lognormal(6, 1, 60_000).astype(np.int64) + 2
+    began = time.process_time()
+    rows = plainly_packed(lengths, 4096, 0)
+    plainly = time.process_time() - began
+    packing = FirstFit(lambda epoch: lengths, 4096, 0)
+    began = time.process_time()
+    first = list(packing.row(0))
+    assert time.process_time() - began < plainly / 2  # a sixth or less when seen
+    assert [tuple(piece[1:]) for piece in first] == rows[0]
+    assert [tuple(piece[1:]) for piece in packing.row(len(rows) - 1)] == rows[-1]
 
 
 @settings(max_examples=25, deadline=None)

@@ -2,6 +2,8 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
+import shutil
 import sys
 import types
 
@@ -11,6 +13,7 @@ import pytest
 from dsv4_jax.errors import UserError
 from dsv4_jax.tokenizer import ByteTokenizer
 from train.data import corpus as corpora
+from train.data import manifest as manifests
 from train.data import tokens as token_files
 from train.data.corpus import Corpus, choose_heldout, resolve
 from train.data.manifest import DataMismatchError, Manifest, SourceFile, require_same_data
@@ -154,6 +157,74 @@ def test_wrong_data_flags_are_explained(tmp_path):
         texts(resolve(str(tmp_path / "bad.jsonl")))
 
 
+LINES = [json.dumps({"text": f"line {i}"}) for i in range(30)]
+TALKS = [json.dumps({"messages": [{"role": r, "content": f"{i}"} for r in ("user", "assistant")]}) for i in range(30)]
+HALF = '{"text": "half \\ud83d of it"}'
+
+
+def joined(*lines, encoding="utf-8"):
+    return "\n".join(lines).encode(encoding)
+
+
+UNREADABLE = {
+    "latin.jsonl": (joined(*LINES) + b'\n{"text": "caf\xe9"}', r"latin.jsonl:31 is not UTF-8 text"),
+    "half.jsonl": (joined(*LINES, HALF), r'half.jsonl:31: the text holds half of a character, as in "\\ud83d"'),
+    "cut.jsonl.gz": (gzip.compress(joined(*LINES))[:-40], r"cut.jsonl.gz:\d+ could not be read: .*end-of-stream"),
+    "plain.jsonl.gz": (joined(*LINES), r"plain.jsonl.gz:1 could not be read: Not a gzipped file"),
+    "cut.jsonl": (joined(*LINES)[:-5], r"cut.jsonl:30 is not JSON"),
+    "number.jsonl": (joined(*LINES, '{"text": 3}'), r"number.jsonl:31 has no text in the field 'text'"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name):
+    content, words = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        prepare(str(tmp_path), "bytes", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "user", "content": "only a question"}], "talks.jsonl:31: there is no message of the assistant"),
+        ([{"role": "human", "content": "x"}], r"talks.jsonl:31: messages\[0\].*human"),
+        (["no message"], r"talks.jsonl:31: messages\[0\]"),
+        ([], "talks.jsonl:31 has no messages"),
+        ([{"role": "user", "content": "\ud83d"}], "talks.jsonl:31: a message holds half of a character"),
+    ],
+)
+def test_a_conversation_that_cannot_be_used_is_named_with_its_line(tmp_path, messages, words):
+    (tmp_path / "talks.jsonl").write_bytes(joined(*TALKS, json.dumps({"messages": messages})))
+    with pytest.raises(UserError, match=words):
+        prepare(str(tmp_path / "talks.jsonl"), "bytes", cache=tmp_path / "cache", format="chat")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(joined(*LINES, encoding="utf-8-sig"))
+    assert texts(resolve(str(tmp_path / "a.jsonl"))) == [f"line {i}" for i in range(30)]
+
+
+@pytest.mark.parametrize(("format", "rows", "null"), [("text", LINES, "text"), ("chat", TALKS, "messages")])
+def test_rows_that_are_null_are_left_out_and_counted_in_every_kind_of_table(tmp_path, caplog, format, rows, null):
+    datasets = pytest.importorskip("datasets")
+    rows = [rows[0], json.dumps({null: None}), *rows[1:], json.dumps({null: None})]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    datasets.Dataset.from_list([json.loads(row) for row in rows]).to_parquet(tmp_path / "a.parquet")
+    for name, first in (("a.jsonl", 2), ("a.parquet", 1)):
+        corpus = resolve(str(tmp_path / name), format)
+        assert len(corpus.entries) == 30
+        words = f"2 documents without text are left out ({name}:{first}, {name}:{first + 30})"
+        assert words in caplog.text
+
+
+def test_a_table_that_is_none_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UserError, match=r"a.parquet:0 could not be read: "):
+        texts(resolve(str(tmp_path / "a.parquet")))
+
+
 def test_duplicates_and_empty_documents_are_dropped():
     corpus = Corpus(Manifest("x"), lambda: [("a", "1"), ("b", " \n"), ("c", "1"), ("d", "2")])
     assert list(corpus.documents()) == [("a", "1"), ("d", "2")]
@@ -180,6 +251,63 @@ def test_a_manifest_survives_json_and_detects_damage(tmp_path):
     (tmp_path / "m.json").write_text((tmp_path / "m.json").read_text().replace('"a"', '"z"'))
     with pytest.raises(ValueError, match="edited or damaged"):
         Manifest.load(tmp_path / "m.json")
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The names of the files that are read to be hashed; files may be as young as they like."""
+    read, of = [], SourceFile.of
+
+    def seen(name, content):
+        read.append(name)
+        return of(name, content)
+
+    monkeypatch.setattr(SourceFile, "of", seen)
+    monkeypatch.setattr(manifests, "SETTLED", 0)
+    return read
+
+
+def test_files_are_hashed_once_and_again_when_anything_about_them_changed(tmp_path, hashed):
+    folder, cache = folder_of(tmp_path, 4), tmp_path / "cache"
+    first = resolve(str(folder), cache=cache).manifest
+    assert first == resolve(str(folder)).manifest and len(hashed) == 8
+    hashed.clear()
+    assert resolve(str(folder), cache=cache).manifest == first and hashed == []
+    file = folder / "02.txt"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_text(file.read_text().replace("document", "DOCUMENT"))
+    os.utime(file, ns=times)  # size and date are what they were, as a copying program may leave them
+    changed = resolve(str(folder), cache=cache).manifest
+    assert changed != first and changed == resolve(str(folder)).manifest and hashed[:1] == ["02.txt"]
+    hashed.clear()
+    (folder / "new.txt").write_text("new")
+    assert len(resolve(str(folder), cache=cache).manifest.files) == 5
+    (tmp_path / "cache" / "hashes").chmod(0o500)
+    assert resolve(str(folder), cache=cache).manifest == resolve(str(folder)).manifest
+
+
+def test_a_file_that_was_changed_just_now_is_hashed_again(tmp_path, hashed, monkeypatch):
+    """A further change may leave its times as they are, where clocks of files tick slowly."""
+    monkeypatch.setattr(manifests, "SETTLED", 2_000_000_000)
+    folder = folder_of(tmp_path, 2)
+    for _ in range(2):
+        resolve(str(folder), cache=tmp_path / "cache")
+    assert hashed == ["00.txt", "01.txt"] * 2
+
+
+def test_other_processes_open_what_the_first_made_and_look_themselves_only_where_it_is_not(tmp_path, monkeypatch):
+    folder, made, caches = folder_of(tmp_path), [], (tmp_path / "one", tmp_path / "two")
+    monkeypatch.setattr(token_files, "from_first", lambda make: made.append(make()) or made[0])
+    first = prepare(str(folder), "bytes", cache=caches[0])
+    monkeypatch.setattr(token_files, "from_first", lambda make: made[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(token_files, "resolve", None)
+        assert prepare(str(folder), "bytes", cache=caches[0]).identity == first.identity
+    assert prepare(str(folder), "bytes", cache=caches[1]).identity == first.identity
+    (folder / "00.txt").write_text("on this machine it is another text")
+    shutil.rmtree(caches[1])
+    with pytest.raises(UserError, match="the files here are other ones than those of process 0"):
+        prepare(str(folder), "bytes", cache=caches[1])
 
 
 def test_other_data_is_refused_with_what_differs():

@@ -1,6 +1,7 @@
 """Whole runs of a tiny recipe: what they leave behind, and that an interrupted run ends as an uninterrupted one."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from dsv4_jax import cli, model
 from dsv4_jax.config_json import config_from_json
+from dsv4_jax.errors import UserError
 from train import run_data
 from train.checkpointing import load_params
 from train.data.manifest import DataMismatchError
@@ -22,6 +24,7 @@ from train.loop import train
 from train.metrics import read_metrics
 from train.recipe import RecipeError, find_recipe
 from train.run_data import SHUFFLE_ROWS, batch_configs
+from train.run_lock import alone_in
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -174,6 +177,17 @@ def test_other_settings_or_other_text_are_refused(home, recipe, finished):
             train(recipe, finished[0], cache=home / "cache")
     finally:
         text.write_text(saved)
+
+
+def test_a_second_job_in_the_folder_of_one_that_runs_is_refused_and_changes_nothing(home, recipe, finished):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in finished[0].rglob("*") if path.is_file()}
+
+    with alone_in(finished[0]):
+        before = files()
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"):
+            train(recipe, finished[0], cache=home / "cache")
+        assert files() == before
 
 
 def test_a_stage_begins_in_the_text_behind_the_stretch_that_the_one_before_read(home, recipe):

@@ -520,6 +520,24 @@ def test_a_source_that_fails_is_named_and_the_run_saved(run, monkeypatch):
         run("failing", "cadence.checkpoint_every=100")
 
 
+def test_a_source_that_fails_while_the_checkpoint_is_being_written_is_named_all_the_same(run, monkeypatch):
+    """On a slow disk: a step is seen in the folder only after its save was waited for."""
+    steps, wait, finished = Checkpoints.steps, Checkpoints.wait, set()
+
+    def wait_and_see(self):
+        wait(self)
+        finished.update(steps.fget(self))
+
+    def fail():
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Checkpoints, "wait", wait_and_see)
+    monkeypatch.setattr(Checkpoints, "steps", property(lambda self: [s for s in steps.fget(self) if s in finished]))
+    stalling(monkeypatch, 3, fail)
+    with pytest.raises(DataSourceError, match=r"could not be read: .*Input/output error.*Saved: step 3"):
+        run("failing-early", "cadence.checkpoint_every=3")
+
+
 def test_batches_are_looked_at_without_being_taken(home):
     from train.run_data import open_store, stage_batches
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,6 +15,8 @@ import numpy as np
 from dsv4_jax.errors import UserError
 from train.data import local_files, python_source
 from train.data.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 Format = Literal["text", "chat"]
 HELDOUT_FRACTION = 0.01
@@ -33,19 +37,27 @@ class Corpus:
     read: Callable[[], Iterable[tuple[str, str]]]
     format: Format = "text"
 
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """The documents as (name, text): empty ones and exact duplicates dropped."""
+    def documents(self, empty: list[str] | None = None) -> Iterator[tuple[str, str]]:
+        """The documents as (name, text), without duplicates and those that are empty, whose names `empty` gets."""
         seen: set[bytes] = set()
         for name, text in self.read():
             digest = content_hash(text)
-            if text.strip() and digest not in seen:
+            if not text.strip():
+                if empty is not None:
+                    empty.append(name)
+            elif digest not in seen:
                 seen.add(digest)
                 yield name, text
 
     @functools.cached_property
     def entries(self) -> list[tuple[bytes, int]]:
-        """Content hash and number of characters of each of `documents()`."""
-        return [(content_hash(text), len(text)) for _, text in self.documents()]
+        """Content hash and number of characters of each of `documents()`. Says how many were left out as empty."""
+        empty: list[str] = []
+        entries = [(content_hash(text), len(text)) for _, text in self.documents(empty)]
+        if empty:
+            named = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+            log.warning("%s: %d documents without text are left out (%s)", self.manifest.corpus, len(empty), named)
+        return entries
 
     @functools.cached_property
     def heldout(self) -> np.ndarray:
@@ -79,13 +91,14 @@ def choose_heldout(hashes: Sequence[bytes], sizes: Sequence[int]) -> np.ndarray:
     return chosen
 
 
-def resolve(data: str, format: Format = "text") -> Corpus:
+def resolve(data: str, format: Format = "text", cache: Path | None = None) -> Corpus:
     """The corpus that a `--data` flag names.
 
     `python`: the standard library and the installed requirements. `prose`: the documentation inside botocore. Otherwise
     a path: .txt/.md/.py (a document a file), .jsonl with .gz or .zst (field `text`), .parquet (column `text`), a folder
     or glob of such files, a folder written by Hugging Face `Dataset.save_to_disk`, or `hf:` and a name on its hub. With
-    the format "chat" tables alone, with conversations in the field `messages`.
+    the format "chat" tables alone, with conversations in the field `messages`. What was hashed of the files is kept in
+    the folder `cache`, so that it need not be read again.
 
     Raises:
         FileNotFoundError, UserError: when nothing is there or its kind is not known.
@@ -97,13 +110,13 @@ def resolve(data: str, format: Format = "text") -> Corpus:
         from train.data.hub_source import hub_corpus
 
         take = local_files.conversation_of if format == "chat" else local_files.text_of
-        return Corpus(*hub_corpus(data, take), format)
+        return Corpus(*hub_corpus(data, take, cache), format)
     if format == "chat":
-        return Corpus(*local_files.chat_corpus(data), format)
+        return Corpus(*local_files.chat_corpus(data, cache), format)
     if data == "python":
         return Corpus(*python_source.python_corpus())
     if data == "prose":
         from train.data.prose_source import prose_corpus
 
         return Corpus(*prose_corpus())
-    return Corpus(*local_files.local_corpus(data))
+    return Corpus(*local_files.local_corpus(data, cache))

@@ -9,15 +9,15 @@ from typing import Any
 
 from dsv4_jax.errors import UserError
 from train.data.local_files import Documents, Take, require, rows_of, text_of
-from train.data.manifest import Manifest, SourceFile
+from train.data.manifest import Manifest, source_files
 
 PREFIX = "hf:"
 RECIPE = "1"
 _FORM = re.compile(r"(?P<name>[^@:]+)(?:@(?P<configuration>[^@:]+))?(?::(?P<split>[^@]+))?")
 
 
-def hub_corpus(data: str, take: Take = text_of) -> tuple[Manifest, Callable[[], Documents]]:
-    """Manifest and reader of a dataset, which the package `datasets` downloads once; `take` reads its rows.
+def hub_corpus(data: str, take: Take = text_of, cache: Path | None = None) -> tuple[Manifest, Callable[[], Documents]]:
+    """Manifest and reader of a dataset, which `datasets` downloads once; `take` reads its rows, `cache` keeps hashes.
 
     Without a split it is `train`. A folder that `datasets.load_dataset` takes may stand for the name.
 
@@ -33,6 +33,6 @@ def hub_corpus(data: str, take: Take = text_of) -> tuple[Manifest, Callable[[], 
     except Exception as error:  # of the network, the hub, and every kind of file that it may hold
         raise UserError(f"--data {data} could not be loaded: {type(error).__name__}: {error}") from error
     files = [Path(file["filename"]) for file in rows.cache_files]
-    named = (SourceFile.of(f"{number}-{path.name}", path) for number, path in enumerate(files))
-    manifest = Manifest(Path(form["name"]).name, {"recipe": RECIPE, "split": split}, tuple(named))
-    return manifest, lambda: rows_of(rows, take)
+    named = {f"{number}-{path.name}": path for number, path in enumerate(files)}
+    manifest = Manifest(Path(form["name"]).name, {"recipe": RECIPE, "split": split}, source_files(named, cache))
+    return manifest, lambda: rows_of(rows, take, form["name"])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dsv4_jax.errors import UserError
 
@@ -78,6 +82,47 @@ class Manifest:
     def load(cls, path: str | Path) -> Manifest:
         """Reads what `save` wrote."""
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+SETTLED = 2_000_000_000
+"""Nanoseconds: a file changed later than this before it was hashed may change again and show the same times."""
+
+
+def source_files(named: Mapping[str, Path], cache: Path | None = None) -> tuple[SourceFile, ...]:
+    """The entries of files by name.
+
+    With a folder `cache` a file is read once, and again when its size, or the time of any change, is another.
+
+    Raises:
+        UserError: when one cannot be read.
+    """
+    paths = {name: os.path.abspath(path) for name, path in named.items()}
+    kept = cache and cache / "hashes" / (hashlib.sha256("\n".join(paths.values()).encode()).hexdigest()[:32] + ".json")
+    known, found, now = _known(kept), {}, time.time_ns()
+    for name, path in paths.items():
+        try:
+            stat = os.stat(path)
+            marks = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+            same = known.get(path, {}).get("marks") == marks
+            sha256 = known[path]["sha256"] if same else SourceFile.of(name, Path(path)).sha256
+        except OSError as error:
+            raise UserError(f"{path} could not be read: {error}") from error
+        found[path] = {"marks": marks, "sha256": sha256}
+    settled = {path: entry for path, entry in found.items() if max(entry["marks"][1:]) < now - SETTLED}
+    if kept and settled != known:
+        with suppress(OSError):  # of a cache that is full or only to be read: it saves time and no more
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            draft = kept.with_name(f"{kept.name}.{os.getpid()}.tmp")
+            draft.write_text(json.dumps(settled), encoding="utf-8")
+            draft.replace(kept)
+    return tuple(SourceFile(name, found[p]["sha256"], found[p]["marks"][0]) for name, p in paths.items())
+
+
+def _known(kept: Path | None) -> dict[str, Any]:
+    if kept is not None:
+        with suppress(OSError, ValueError):
+            return dict(json.loads(kept.read_text(encoding="utf-8")))
+    return {}
 
 
 def require_same_data(started_with: Manifest, now: Manifest) -> None:

@@ -7,7 +7,7 @@ processes, and a new stage with another sequence length begins where the last on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ class Piece(NamedTuple):
     end: int
     column: int
 
+
+_AT_ONCE = 1 << 16
 
 Lengths = Callable[[int], np.ndarray]
 """Epoch -> number of tokens of every document in it, int64 [documents]."""
@@ -91,26 +93,52 @@ class FirstFit:
         """The pieces of a row, from left to right."""
         index += -(-self.start // self.row_length)
         while not self._epoch_ends or self._epoch_ends[-1] <= index:
-            rows = self._plan(len(self._epoch_ends))
-            self._epoch_ends.append((self._epoch_ends[-1] if self._epoch_ends else 0) + len(rows))
+            starts = self._plan(len(self._epoch_ends))[1]
+            self._epoch_ends.append((self._epoch_ends[-1] if self._epoch_ends else 0) + len(starts) - 1)
         epoch = int(np.searchsorted(self._epoch_ends, index, side="right"))
-        return iter(self._plan(epoch)[index - (self._epoch_ends[epoch - 1] if epoch else 0)])
+        pieces, starts = self._plan(epoch)
+        row = index - (self._epoch_ends[epoch - 1] if epoch else 0)
+        return (Piece(epoch, *piece) for piece in pieces[starts[row] : starts[row + 1]].tolist())
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (lives as long as the run)
-    def _plan(self, epoch: int) -> list[list[Piece]]:
-        closed: list[list[Piece]] = []
-        opened: list[tuple[list[Piece], int]] = []
-        order, lengths = shuffled(self._lengths(epoch), self._seed, epoch)
-        for document, begin, end in _cut(order, lengths, self.row_length):
-            chosen = next((i for i, (_, used) in enumerate(opened) if used + end - begin <= self.row_length), None)
-            if chosen is None:
-                closed += [opened.pop(0)[0]] if len(opened) == self.OPEN_ROWS else []
-                opened.append(([], 0))
-                chosen = len(opened) - 1
-            pieces, used = opened[chosen]
-            pieces.append(Piece(epoch, document, begin, end, used))
-            opened[chosen] = pieces, int(_round_up(used + end - begin, self._align))
-        return closed + [pieces for pieces, _ in opened]
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Document, begin, end and column of all pieces [pieces, 4], row by row, and the piece each row begins with."""
+        document, begin, end = _cut(*shuffled(self._lengths(epoch), self._seed, epoch), self.row_length)
+        sizes = _round_up(end - begin, self._align)
+        rows = _first_fit(sizes, self.row_length, self.OPEN_ROWS)
+        by_row = np.argsort(rows, kind="stable")
+        sizes, starts = sizes[by_row], np.concatenate([[0], np.cumsum(np.bincount(rows))])
+        before = np.cumsum(sizes) - sizes
+        column = before - np.repeat(before[starts[:-1]], np.diff(starts))
+        return np.stack([document[by_row], begin[by_row], end[by_row], column], 1), starts
+
+
+def _first_fit(sizes: np.ndarray, row_length: int, open_rows: int) -> np.ndarray:
+    """The row of each piece: the first of the open ones with room, else a new one, for which the oldest is closed.
+
+    The rooms of the open rows are bit fields of one integer, the oldest lowest, each with a free bit above: one
+    subtraction compares a size with all of them. No step of this loop may cost much, there is one for each piece.
+    """
+    width = row_length.bit_length() + 1
+    ones = sum(1 << i * width for i in range(open_rows))
+    free = ones << (width - 1)
+    rooms, oldest, count = 0, 0, 0
+    rows = np.empty(len(sizes), np.int64)
+    for start in range(0, len(sizes), _AT_ONCE):
+        found = []
+        for size in sizes[start : start + _AT_ONCE].tolist():
+            fits = ((rooms | free) - size * ones) & free
+            if fits:
+                place = (fits & -fits).bit_length() - width
+            else:
+                if count == open_rows:
+                    rooms, oldest, count = rooms >> width, oldest + 1, count - 1
+                place = count * width
+                rooms, count = rooms + (row_length << place), count + 1
+            rooms -= size << place
+            found.append(oldest + place // width)
+        rows[start : start + _AT_ONCE] = found
+    return rows
 
 
 PACKINGS = {"concat": ConcatThenSplit, "first_fit": FirstFit}
@@ -125,10 +153,12 @@ def shuffled(lengths: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np
     return order, lengths[order]
 
 
-def _cut(order: np.ndarray, lengths: np.ndarray, most: int) -> Iterable[tuple[int, int, int]]:
-    for document, length in zip(order.tolist(), lengths.tolist(), strict=True):
-        for begin in range(0, length, most):
-            yield document, begin, min(begin + most, length)
+def _cut(order: np.ndarray, lengths: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Document, begin and end of pieces of at most `most` tokens, int64 [pieces] each."""
+    counts = _round_up(lengths, most) // most
+    document, first = np.repeat(order, counts), np.cumsum(counts) - counts
+    begin = (np.arange(len(document)) - np.repeat(first, counts)) * most
+    return document, begin, np.minimum(begin + most, np.repeat(lengths, counts))
 
 
 def _round_up(value, multiple: int):

@@ -20,7 +20,9 @@ import numpy as np
 
 from dsv4_jax.chat import encode_conversation
 from dsv4_jax.errors import UserError
+from dsv4_jax.paths import local_path
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from sharding.distributed import from_first
 from train.data.corpus import Corpus, Format, resolve
 from train.data.manifest import Manifest
 
@@ -128,18 +130,34 @@ def prepare(
 ) -> TokenStore:
     """The tokenised corpus of a `--data` and a `--tokenizer` flag; made once, then taken from the cache.
 
+    In a job of several processes all call it. Process 0 looks at the corpus; the others open what it made, and look for
+    themselves only where their cache does not hold it.
+
     Args:
         data: as `corpus.resolve` takes it.
         tokenizer: `bpe` (learned from the training documents of this corpus), or as `load_tokenizer` takes it.
         vocab_size: entries of the BPE.
         cache: folder of token files, `default_cache()` if not given.
         format: "chat" for conversations.
+
+    Raises:
+        UserError: for data that cannot be used, and where a process finds other data than process 0.
     """
-    corpus, cache = resolve(data, format), Path(cache or default_cache())
+    folder = local_path(cache or default_cache())
+    make = lambda: _prepared(data, tokenizer, vocab_size, folder, format)  # noqa: E731
+    name = from_first(make)
+    if not (folder / "tokens" / name).is_dir() and (own := make()) != name:
+        raise UserError(f"--data {data}: the files here are other ones than those of process 0 ({own}, there {name})")
+    return TokenStore.open(folder / "tokens" / name)
+
+
+def _prepared(data: str, tokenizer: str, vocab_size: int, cache: Path, format: Format) -> str:
+    """Makes the token files if they are not there; the name of their folder in the cache's `tokens`."""
+    corpus = resolve(data, format, cache)
     vocabulary = _learned(corpus, vocab_size, cache) if tokenizer == "bpe" else load_tokenizer(tokenizer)
     name = f"{corpus.manifest.corpus}-{corpus.manifest.hash[:16]}-{vocabulary.digest[:16]}"
     name += "-chat" if format == "chat" else ""
-    return TokenStore.open(_made_once(cache / "tokens" / name, lambda folder: tokenise(corpus, vocabulary, folder)))
+    return _made_once(cache / "tokens" / name, lambda folder: tokenise(corpus, vocabulary, folder)).name
 
 
 def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
@@ -148,13 +166,13 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     heldout = corpus.heldout
     with (folder / "tokens.bin").open("wb") as stream, _progress("tokenising", len(heldout)) as advance:
-        for texts in _batches(text for _, text in corpus.documents()):
-            ids, written = _encoded(corpus, tokenizer, texts)
+        for documents in _batches(corpus.documents()):
+            ids, written = _encoded(corpus, tokenizer, documents)
             np.concatenate(ids).astype(dtype).tofile(stream)
             answers += written
             lengths += map(len, ids)
-            sizes += [len(text.encode()) for text in texts]
-            advance(len(texts))
+            sizes += [len(text.encode()) for _, text in documents]
+            advance(len(documents))
     if answers:
         np.save(folder / "answers.npy", np.concatenate(answers))
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
@@ -167,19 +185,23 @@ def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "store.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
-def _encoded(corpus: Corpus, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _encoded(
+    corpus: Corpus, tokenizer: Tokenizer, documents: list[tuple[str, str]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The ids of each document; of conversations also which of them are the assistant's."""
     if corpus.format == "text":
-        return [_framed(tokenizer, encoded) for encoded in tokenizer.encode_batch(texts)], []
-    encoded = [_conversation(tokenizer, json.loads(text)) for text in texts]
+        return [_framed(tokenizer, encoded) for encoded in tokenizer.encode_batch([text for _, text in documents])], []
+    encoded = [_conversation(tokenizer, name, json.loads(text)) for name, text in documents]
     return [np.array(ids, np.uint32) for ids, _ in encoded], [np.array(written, bool) for _, written in encoded]
 
 
-def _conversation(tokenizer: Tokenizer, document: dict[str, Any]) -> tuple[list[int], list[bool]]:
-    thinks = any(message.get("reasoning_content") for message in document["messages"])
-    return encode_conversation(
-        tokenizer, document["messages"], "thinking" if thinks else "chat", tools=document.get("tools")
-    )
+def _conversation(tokenizer: Tokenizer, name: str, document: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    messages, tools = document["messages"], document.get("tools")
+    thinks = any(isinstance(message, dict) and message.get("reasoning_content") for message in messages)
+    try:
+        return encode_conversation(tokenizer, messages, "thinking" if thinks else "chat", tools=tools)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _learned(corpus: Corpus, vocab_size: int, cache: Path) -> Tokenizer:
@@ -204,11 +226,11 @@ def _framed(tokenizer: Tokenizer, ids: list[int]) -> np.ndarray:
     return np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.uint32)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document[1])
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,10 @@ class TaskRows:
         return entry | {"loss_mask": _marked(row, np.ones_like(row.answers))} if self.answers_only else entry
 
 
-def task_batches(
-    source: TaskSource, rows: TaskRows, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> RowBatches:
-    """Endless batches of a stage, of each the rows of one process."""
+def task_batches(source: TaskSource, rows: TaskRows, batch_size: int, own: Sequence[int] | None = None) -> RowBatches:
+    """Endless batches of a stage, of each a process's `own` rows (see `RowBatches`)."""
     stage = {**dataclasses.asdict(rows), "batch_size": batch_size}
-    return RowBatches(rows, batch_size, {"data": source.identity, "stage": stage}, process_index, process_count)
+    return RowBatches(rows, batch_size, {"data": source.identity, "stage": stage}, own)
 
 
 def evaluation_batches(task: Task, length: int, batch_size: int, n_batches: int, seed: int = 0) -> Iterator[Batch]:

@@ -45,6 +45,12 @@ class Strategy:
     def __hash__(self) -> int:
         return hash(self.name)
 
+    @property
+    def axes(self) -> frozenset[str]:
+        """The mesh axes over which it spreads anything."""
+        tables = (self.activations, self.parameters, self.state)
+        return frozenset(axis for table in tables for axes in table.values() for axis in axes)
+
 
 def _wide(*axes: str) -> dict[str, Axes]:
     """The one wide dimension of every weight matrix, whatever its name there."""
@@ -110,6 +116,18 @@ def find_strategy(name: str) -> Strategy:
         listed = "\n".join(f"  {s.name}: {s.about}" for s in STRATEGIES.values())
         raise UserError(f"there is no strategy {name!r}; there are\n{listed}")
     return STRATEGIES[name]
+
+
+def check_axes(strategy: Strategy, sizes: Mapping[str, int]) -> None:
+    """Raises UserError when a mesh of these sizes has an axis that the strategy does not use, naming who does."""
+    for axis, size in sizes.items():
+        if size > 1 and axis not in strategy.axes:
+            users = ", ".join(other.name for other in STRATEGIES.values() if axis in other.axes)
+            raise UserError(
+                f"mesh axis {axis}={size}: the strategy {strategy.name!r} spreads nothing over it, so {size} devices "
+                f"would repeat the same work. It uses {', '.join(sorted(strategy.axes)) or 'one device'}; strategies "
+                f"that use {axis}: {users}"
+            )
 
 
 def spec(

@@ -19,7 +19,7 @@ from dsv4_jax.partition import ALONE, Partition
 from sharding.batch_rows import place_among, rows_of
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.partition import MeshPartition
-from sharding.rules import check_fit, find_strategy, parameter_shardings, spec
+from sharding.rules import check_axes, check_fit, find_strategy, parameter_shardings, spec
 from train import adapted
 
 Tree = Any
@@ -34,13 +34,15 @@ def place(mesh: str | None, strategy: str | None) -> Partition:
     that the strategy grows takes all devices.
 
     Raises:
-        UserError: for an unknown strategy or axis, and for sizes that are not those of this job's devices.
+        UserError: for an unknown strategy or axis, an axis that the strategy does not use, and sizes that are not
+            those of this job's devices.
     """
     devices = jax.device_count()
     if strategy is None and mesh is None and devices == 1:
         return ALONE
     chosen = find_strategy(strategy or "fsdp")
     sizes = parse_mesh(mesh or f"{chosen.grows}=-1", devices)
+    check_axes(chosen, sizes)
     return MeshPartition(make_mesh(sizes), chosen)
 
 

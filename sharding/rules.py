@@ -157,6 +157,11 @@ def spec(
     return PartitionSpec(*dimensions)
 
 
+def row_shards(strategy: Strategy, mesh: Mesh) -> int:
+    """Parts into which the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in strategy.activations.get("batch", ()))
+
+
 def used_axes(partition: PartitionSpec) -> Axes:
     """The mesh axes of a PartitionSpec, in order."""
     return tuple(

@@ -19,7 +19,7 @@ from dsv4_jax.partition import ALONE, Partition
 from sharding.batch_rows import place_among, rows_of
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.partition import MeshPartition
-from sharding.rules import check_axes, check_fit, find_strategy, parameter_shardings, spec
+from sharding.rules import check_axes, check_fit, find_strategy, parameter_shardings, row_shards, spec
 from train import adapted
 
 Tree = Any
@@ -138,6 +138,11 @@ class Placement:
         """Of results that every process reads."""
         found = self.mesh_partition
         return NamedSharding(found.mesh, PartitionSpec()) if found else None
+
+    def full_batch(self, rows: int) -> int:
+        """`rows`, or the next number that devices share evenly: of another, some or all would do the same rows."""
+        shards = row_shards(found.strategy, found.mesh) if (found := self.mesh_partition) else 1
+        return -(-rows // shards) * shards
 
     @lru_cache(maxsize=8)  # noqa: B019 (lives as long as the run)
     def own_rows(self, rows: int) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def test_a_row_is_a_function_of_its_number(name):
 
 
 def batches_of(name, rows=64, **options):
-    return evaluation_batches(make_task(name, options), 160, 16, rows // 16)
+    return evaluation_batches(make_task(name, options), 160, 16, rows)
 
 
 @pytest.mark.parametrize("name", TASKS)

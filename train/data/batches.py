@@ -91,6 +91,11 @@ class _OwnRows:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def filled(batch: Batch, rows: int) -> Batch:
+    """The batch with padding behind its own rows, up to `rows`: zeros, so no text and no answers."""
+    return {name: np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
+
+
 def _plain(value: Any) -> Any:
     """As it looks after a trip through JSON."""
     if isinstance(value, dict):

@@ -70,8 +70,7 @@ class Placement:
         if found := self.mesh_partition:
             if any(found.mesh.shape[axis] > 1 for axis in found.strategy.activations.get("seq", ())):
                 refuse_baselines(self.config, "context parallelism")
-            shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
-            check_fit(weights.facts(self.config), shapes, found.strategy, found.mesh, rows, length)
+            check_fit(weights.facts(self.config), weights.shapes(self.config), found.strategy, found.mesh, rows, length)
 
     def state(self, state: Tree) -> Tree:
         """A sharding for every leaf of a `TrainState`, concrete or abstract; None for each without a mesh.
@@ -123,8 +122,7 @@ class Placement:
     def _shardings(self, rules: Any) -> Tree:
         """Of the model's parameters, by the rules."""
         assert (found := self.mesh_partition) is not None
-        shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
-        return parameter_shardings(weights.facts(self.config), shapes, rules, found.mesh)
+        return parameter_shardings(weights.facts(self.config), weights.shapes(self.config), rules, found.mesh)
 
     @cached_property
     def batch(self) -> NamedSharding | None:
@@ -140,7 +138,7 @@ class Placement:
         return NamedSharding(found.mesh, PartitionSpec()) if found else None
 
     def full_batch(self, rows: int) -> int:
-        """`rows`, or the next number that devices share evenly: of another, some or all would do the same rows."""
+        """`rows`, or the next number that the devices share evenly: of another, several would do the same rows."""
         shards = row_shards(found.strategy, found.mesh) if (found := self.mesh_partition) else 1
         return -(-rows // shards) * shards
 

@@ -160,17 +160,14 @@ def default_meshes(config: DeepseekV4Config, strategy: Strategy, devices: int) -
 
 def make_program(asked: Compile, config: DeepseekV4Config, strategy: Strategy, mesh: Mesh, length: int) -> Program:
     """The program of a mode, after checking that everything divides."""
-    import jax
-
     from dsv4_jax import weights
     from dsv4_jax.cli import compile_programs as programs
     from sharding.partition import MeshPartition
     from sharding.rules import check_fit
 
-    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
     rows = asked.batch // asked.microbatches
     tokens = {"train": length, "prefill": min(asked.chunk, length), "decode": 0}[asked.mode]
-    check_fit(weights.facts(config), shapes, strategy, mesh, rows, tokens)
+    check_fit(weights.facts(config), weights.shapes(config), strategy, mesh, rows, tokens)
     partition = MeshPartition(mesh, strategy)
     setting = programs.Setting(config, mesh, strategy, partition, asked.batch, length, asked.dtype, asked.weights)
     if asked.mode == "train":

@@ -156,7 +156,7 @@ def _cached_program(
 def inference_parameters(setting: Setting) -> Tree:
     """Abstract parameters as a checkpoint loads them: in `setting.dtype` or packed, and float32 what must stay so."""
     config = setting.config
-    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+    shapes = weights.shapes(config)
     if setting.weights == "packed":
         rules, facts = setting.strategy.parameters, weights.facts(config)
         places = flatten(parameter_shardings(facts, shapes, rules, setting.mesh))

@@ -17,8 +17,12 @@ from sharding.mesh import AXES, make_mesh, parse_mesh
 from sharding.partition import MeshPartition
 from sharding.rules import find_strategy, spec
 from sharding.targets import parse_target
+from train import placement
 from train.data.batches import RowBatches
+from train.loop import Run
 from train.placement import Placement
+from train.recipe import find_recipe
+from train.run_folder import RunFolder
 
 DOCS = Path(__file__).parents[2] / "docs"
 LENGTH = 32
@@ -74,14 +78,25 @@ def on_drawn_meshes(seed):
         mesh = jax.sharding.Mesh(np.array(jax.devices())[rng.permutation(8)].reshape(shape), AXES)
         made = shared_out(mesh, find_strategy(name), lambda device, size=size: device.id // size)
         apart += sum(not together(own) for own in made.values())
-        placement = Placement(MeshPartition(mesh, find_strategy(name)), TINY)
-        batch = next(RowBatches(Numbered(), 8, {}, placement.own_rows(8)))
-        assert np.array_equal(placement.to_devices(batch, 8)["tokens"], np.arange(8 * LENGTH).reshape(8, LENGTH))
+        placed = Placement(MeshPartition(mesh, find_strategy(name)), TINY)
+        batch = next(RowBatches(Numbered(), 8, {}, placed.own_rows(8)))
+        assert np.array_equal(placed.to_devices(batch, 8)["tokens"], np.arange(8 * LENGTH).reshape(8, LENGTH))
     return apart
 
 
 def test_rows_are_shared_out_on_any_order_of_devices():
     assert on_devices(8, on_drawn_meshes, 0) > 20
+
+
+def test_a_run_asks_once_which_rows_are_its_own(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(placement, "rows_of", lambda *args: asked.append(args) or rows_of(*args))
+    recipe = find_recipe("nano")
+    run = Run(recipe, recipe.check(), RunFolder(tmp_path), MeshPartition(make_mesh({}), find_strategy("fsdp")))
+    assert run.plan is run.plan and run.plan.placement is run.plan.placement
+    for _ in range(3):
+        run.plan.placement.to_devices({"tokens": np.zeros((5, LENGTH), np.int32)}, 5)
+    assert len(asked) == 1
 
 
 def documented():

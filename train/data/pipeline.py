@@ -156,8 +156,8 @@ def heldout_batches(
 
     A document longer than a row is cut; each further piece repeats the last token of the piece before it, so that the
     next-token targets within the segments are all tokens but BOS, once. Divide the summed loss by the length of
-    `store.heldout_bytes(documents)` (see `bits_per_byte`). All batches are full [batch_size, seq_len]; the rest
-    is padding.
+    `store.heldout_bytes(documents)` (see `bits_per_byte`). All batches are full [batch_size, seq_len]; the rest is
+    padding.
     """
     pieces = [
         (i, slice(begin, begin + seq_len))

@@ -156,9 +156,8 @@ def _load_run(folder: Path, step: int | None, shardings: Shardings | None) -> tu
 
     def placed(raw: dict[str, Any]) -> Any:
         config = config_from_json(raw)
-        shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
         put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-        return jax.tree.map(put, shapes, shardings(config)) if shardings else None
+        return jax.tree.map(put, weights.shapes(config), shardings(config)) if shardings else None
 
     try:
         config, params = load_params(checkpoints, step, abstract_params=placed if shardings else None)

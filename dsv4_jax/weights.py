@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -27,6 +27,12 @@ def init(config: DeepseekV4Config, key: jax.Array) -> Params:
             unit[str(j)] = jax.vmap(partial(_init_block, config, spec))(block_keys)
         params["segments"][str(i)] = unit
     return params
+
+
+@lru_cache(maxsize=8)
+def shapes(config: DeepseekV4Config) -> Params:
+    """`init`'s tree with a `jax.ShapeDtypeStruct` for each array; one tree for all callers, not to be changed."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
 def draw_quickly() -> dict[str, int]:

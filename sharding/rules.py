@@ -45,6 +45,12 @@ class Strategy:
     def __hash__(self) -> int:
         return hash(self.name)
 
+    @property
+    def axes(self) -> frozenset[str]:
+        """The mesh axes over which it spreads anything."""
+        tables = (self.activations, self.parameters, self.state)
+        return frozenset(axis for table in tables for axes in table.values() for axis in axes)
+
 
 def _wide(*axes: str) -> dict[str, Axes]:
     """The one wide dimension of every weight matrix, whatever its name there."""
@@ -112,6 +118,18 @@ def find_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
+def check_axes(strategy: Strategy, sizes: Mapping[str, int]) -> None:
+    """Raises UserError when a mesh of these sizes has an axis that the strategy does not use, naming who does."""
+    for axis, size in sizes.items():
+        if size > 1 and axis not in strategy.axes:
+            users = ", ".join(other.name for other in STRATEGIES.values() if axis in other.axes)
+            raise UserError(
+                f"mesh axis {axis}={size}: the strategy {strategy.name!r} spreads nothing over it, so {size} devices "
+                f"would repeat the same work. It uses {', '.join(sorted(strategy.axes)) or 'one device'}; strategies "
+                f"that use {axis}: {users}"
+            )
+
+
 def spec(
     rules: Mapping[str, Axes], axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None = None
 ) -> PartitionSpec:
@@ -137,6 +155,11 @@ def spec(
     while dimensions and dimensions[-1] is None:
         dimensions.pop()
     return PartitionSpec(*dimensions)
+
+
+def row_shards(strategy: Strategy, mesh: Mesh) -> int:
+    """Parts into which the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in strategy.activations.get("batch", ()))
 
 
 def used_axes(partition: PartitionSpec) -> Axes:

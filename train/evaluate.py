@@ -14,7 +14,7 @@ from dsv4_jax import model
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.partition import ALONE, Partition
 from sharding.distributed import one_at_a_time
-from train.data.batches import Batch
+from train.data.batches import Batch, filled
 from train.data.pipeline import bits_per_byte, heldout_batches
 from train.data.retrieval import RecallScore, RecallTask, recall_batches
 from train.data.tasks import Task
@@ -35,7 +35,7 @@ class Evaluator:
         config: the architecture.
         store: the tokenised corpus, with its held-out documents; or a task, of which there is no text.
         seq_len: tokens of a row.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch, at least: as many as devices can share evenly (`Placement.full_batch`).
         forward: `model.forward`, possibly with dtype and policy filled in.
         placement: where parameters and batches lie; every process scores every batch.
         rounded: parameters as they are computed with, if the policy rounds them (`StepPlan.rounded`).
@@ -52,8 +52,9 @@ class Evaluator:
         rounded: Callable[[Any], Any] = lambda params: params,
     ):
         """See the class."""
-        self.config, self.store, self.seq_len, self.batch_size = config, store, seq_len, batch_size
+        self.config, self.store, self.seq_len = config, store, seq_len
         self.placement = placement or Placement(ALONE, config)
+        self.batch_size = self.placement.full_batch(batch_size)
         whole: dict[str, Any] = {} if self.placement.whole is None else {"out_shardings": self.placement.whole}
         self._scores = {mode: jax.jit(partial(self._placed_scores, mode), **whole) for mode in ("dense", "sparse")}
         self._forward, self._rounded = forward, rounded
@@ -80,23 +81,22 @@ class Evaluator:
         return {name: value for name, value in found.items() if name == "index_recall"}
 
     def recall(self, params: Any, attention: Attention, task: RecallTask, rows: int) -> RecallScore:
-        """The long-range recall task on about `rows` documents."""
+        """The long-range recall task on `rows` documents."""
         assert isinstance(self.store, TokenStore)
         score = RecallScore()
-        count = max(1, rows // self.batch_size)
-        for batch in recall_batches(self.store, task, self.seq_len, self.batch_size, count):
+        for batch in recall_batches(self.store, task, self.seq_len, self.batch_size, rows):
             score.add(batch, np.asarray(self._run(params, attention, batch)["predicted"]))
         return score
 
     def task(
         self, params: Any, attention: Attention, task: Task, rows: int, period: int
     ) -> tuple[TaskScore, dict[str, float]]:
-        """A synthetic task on about `rows` held-out rows; `period` is that of the phases.
+        """A synthetic task on `rows` held-out rows; `period` is that of the phases.
 
         Also "task_loss", nats per answer, and dense "index_recall".
         """
         score, results = TaskScore(period), []
-        for batch in evaluation_batches(task, self.seq_len, self.batch_size, max(1, rows // self.batch_size)):
+        for batch in evaluation_batches(task, self.seq_len, self.batch_size, rows):
             asked = batch["answers"].astype(np.int32)
             results.append(self._run(params, attention, batch | {"loss_mask": asked}))
             score.add(batch, np.asarray(results[-1]["predicted"]))
@@ -104,7 +104,7 @@ class Evaluator:
         return score, _index_recall(results) | {"task_loss": nats / max(scored, 1.0)}
 
     def _run(self, params: Any, attention: Attention, batch: Batch) -> Scores:
-        read = {name: batch[name] for name in STEP_READS if name in batch}
+        read = filled({name: batch[name] for name in STEP_READS if name in batch}, self.batch_size)
         return one_at_a_time(self._scores[attention](params, read))
 
     def _placed_scores(self, attention: Attention, params: Any, batch: dict[str, jax.Array]) -> Scores:

@@ -168,7 +168,7 @@ class Run:
         if jax.process_index():
             self.say = lambda *_: None
 
-    @property
+    @cached_property
     def plan(self) -> StepPlan:
         """What the recipe means for a step."""
         r = self.recipe

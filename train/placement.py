@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ from dsv4_jax.baseline import refuse_baselines
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.lora import Lora
 from dsv4_jax.partition import ALONE, Partition
+from sharding.batch_rows import place_among, rows_of
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.partition import MeshPartition
-from sharding.rules import check_fit, find_strategy, parameter_shardings, spec
+from sharding.rules import check_axes, check_fit, find_strategy, parameter_shardings, row_shards, spec
 from train import adapted
 
 Tree = Any
@@ -32,13 +34,15 @@ def place(mesh: str | None, strategy: str | None) -> Partition:
     that the strategy grows takes all devices.
 
     Raises:
-        UserError: for an unknown strategy or axis, and for sizes that are not those of this job's devices.
+        UserError: for an unknown strategy or axis, an axis that the strategy does not use, and sizes that are not
+            those of this job's devices.
     """
     devices = jax.device_count()
     if strategy is None and mesh is None and devices == 1:
         return ALONE
     chosen = find_strategy(strategy or "fsdp")
     sizes = parse_mesh(mesh or f"{chosen.grows}=-1", devices)
+    check_axes(chosen, sizes)
     return MeshPartition(make_mesh(sizes), chosen)
 
 
@@ -66,8 +70,7 @@ class Placement:
         if found := self.mesh_partition:
             if any(found.mesh.shape[axis] > 1 for axis in found.strategy.activations.get("seq", ())):
                 refuse_baselines(self.config, "context parallelism")
-            shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
-            check_fit(weights.facts(self.config), shapes, found.strategy, found.mesh, rows, length)
+            check_fit(weights.facts(self.config), weights.shapes(self.config), found.strategy, found.mesh, rows, length)
 
     def state(self, state: Tree) -> Tree:
         """A sharding for every leaf of a `TrainState`, concrete or abstract; None for each without a mesh.
@@ -119,10 +122,9 @@ class Placement:
     def _shardings(self, rules: Any) -> Tree:
         """Of the model's parameters, by the rules."""
         assert (found := self.mesh_partition) is not None
-        shapes = jax.eval_shape(lambda: weights.init(self.config, jax.random.key(0)))
-        return parameter_shardings(weights.facts(self.config), shapes, rules, found.mesh)
+        return parameter_shardings(weights.facts(self.config), weights.shapes(self.config), rules, found.mesh)
 
-    @property
+    @cached_property
     def batch(self) -> NamedSharding | None:
         """Of tokens and segment ids [B, S]."""
         if (found := self.mesh_partition) is None:
@@ -135,33 +137,27 @@ class Placement:
         found = self.mesh_partition
         return NamedSharding(found.mesh, PartitionSpec()) if found else None
 
-    def part(self, rows: int) -> tuple[int, int]:
-        """(part, parts): this process makes part `part` of `parts` equal parts of a batch's rows.
+    def full_batch(self, rows: int) -> int:
+        """`rows`, or the next number that the devices share evenly: of another, several would do the same rows."""
+        shards = row_shards(found.strategy, found.mesh) if (found := self.mesh_partition) else 1
+        return -(-rows // shards) * shards
 
-        Raises:
-            ValueError: if this process's devices hold rows that do not lie together.
-        """
+    @lru_cache(maxsize=8)  # noqa: B019 (lives as long as the run)
+    def own_rows(self, rows: int) -> tuple[int, ...]:
+        """The numbers of the rows of a batch of `rows` that this process makes, in order: those of its devices."""
         if self.batch is None:
-            return 0, 1
-        by_row = NamedSharding(self.batch.mesh, PartitionSpec(*self.batch.spec[:1]))
-        shares = by_row.addressable_devices_indices_map((rows,)).values()
-        own = sorted({row for share in shares if share for row in range(*share[0].indices(rows))})
-        if rows % len(own) or own[0] % len(own) or own != list(range(own[0], own[0] + len(own))):
-            raise ValueError(f"this process's devices hold rows {own} of {rows}, which do not lie together")
-        return own[0] // len(own), rows // len(own)
+            return tuple(range(rows))
+        return rows_of(self.batch.addressable_devices, self.batch, rows)
 
     def to_devices(self, batch: dict[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
-        """What a step reads of this process's `part` of a batch of `rows` rows, as part of a whole array."""
+        """What a step reads of this process's `own_rows` of a batch of `rows` rows, as part of a whole array."""
         read = {name: batch[name] for name in STEP_READS if name in batch}
         if (sharding := self.batch) is None:
             return {name: jnp.asarray(x) for name, x in read.items()}
-        first = self.part(rows)[0] * len(read["tokens"])
+        own = self.own_rows(rows)
 
         def array(x: np.ndarray) -> jax.Array:
-            def local(index: Any) -> np.ndarray:
-                start, stop, _ = index[0].indices(rows)
-                return x[start - first : stop - first, index[1]]
-
+            local = lambda index: x[place_among(own, index[0], rows), *index[1:]]  # noqa: E731
             return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, local)
 
         return {name: array(x) for name, x in read.items()}

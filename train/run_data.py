@@ -130,11 +130,12 @@ def stage_batches(
     recipe: Recipe, store: Source, index: int, done: int, host: dict[str, Any], placement: Placement
 ) -> RowBatches:
     """The batches of stage `index` from its step `done` on; of each the rows that this process's devices hold."""
-    part = placement.part(recipe.stages[index].batch_size)
+    size = recipe.stages[index].batch_size
+    own = placement.own_rows(size)
     if isinstance(store, TaskSource):
-        batches: RowBatches = task_batches(store, task_rows(recipe)[index], recipe.stages[index].batch_size, *part)
+        batches: RowBatches = task_batches(store, task_rows(recipe)[index], size, own)
     else:
-        batches = TrainBatches(store, batch_configs(recipe, store)[index], *part)
+        batches = TrainBatches(store, batch_configs(recipe, store)[index], own)
     if done:
         batches.set_state(host["data"])
     return batches

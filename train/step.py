@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
@@ -72,7 +72,7 @@ class StepPlan:
     partition: Partition = ALONE
     lora: Lora | None = None
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         """The shardings of state and batches."""
         return Placement(self.partition, self.config, self.lora)

@@ -131,11 +131,13 @@ def _tokens(asked: Compile) -> int:
 def find_mesh(asked: Compile, config: DeepseekV4Config, strategy: Strategy, target: Target) -> Mesh:
     """The mesh that was asked for, or the first of `default_meshes` that the machine's wiring allows."""
     from sharding.mesh import make_mesh, parse_mesh
+    from sharding.rules import check_axes
 
     devices = target.devices()
     texts = [asked.mesh] if asked.mesh else default_meshes(config, strategy, len(devices))
     for text in texts:
         sizes = parse_mesh(text, len(devices))
+        check_axes(strategy, sizes)
         try:
             return make_mesh(sizes, devices)
         except UserError:
@@ -150,24 +152,22 @@ def default_meshes(config: DeepseekV4Config, strategy: Strategy, devices: int) -
     """Meshes for all devices, best first: one axis, or as many devices as divide the experts and the rest elsewhere."""
     if strategy.grows != "expert":
         return [f"{strategy.grows}=-1"]
-    rest = "fsdp" if any("fsdp" in axes for axes in strategy.parameters.values()) else "tensor"
+    spread = {axis for axes in strategy.parameters.values() for axis in axes}
+    rest = next((axis for axis in ("fsdp", "tensor") if axis in spread), "data")
     fitting = [n for n in range(devices, 0, -1) if devices % n == 0 and config.n_routed_experts % n == 0]
     return [f"expert={n},{rest}=-1" for n in fitting]
 
 
 def make_program(asked: Compile, config: DeepseekV4Config, strategy: Strategy, mesh: Mesh, length: int) -> Program:
     """The program of a mode, after checking that everything divides."""
-    import jax
-
     from dsv4_jax import weights
     from dsv4_jax.cli import compile_programs as programs
     from sharding.partition import MeshPartition
     from sharding.rules import check_fit
 
-    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
     rows = asked.batch // asked.microbatches
     tokens = {"train": length, "prefill": min(asked.chunk, length), "decode": 0}[asked.mode]
-    check_fit(weights.facts(config), shapes, strategy, mesh, rows, tokens)
+    check_fit(weights.facts(config), weights.shapes(config), strategy, mesh, rows, tokens)
     partition = MeshPartition(mesh, strategy)
     setting = programs.Setting(config, mesh, strategy, partition, asked.batch, length, asked.dtype, asked.weights)
     if asked.mode == "train":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from dsv4_jax.layers.kv_cache import Cache, init_cache
 from dsv4_jax.partition import Partition
 from dsv4_jax.shapes import flatten, is_table, keeps_float32, nest
 from sharding.aot import Program, device_bytes
-from sharding.rules import Strategy, parameter_shardings, spec
+from sharding.rules import Strategy, parameter_shardings, row_shards, spec
 from train.flops import training_flops_per_token
 from train.optimizer import OptimizerConfig
 from train.step import Kind, Precision, StepPlan, make_train_step
@@ -64,7 +63,7 @@ class Setting:
     @property
     def row_shards(self) -> int:
         """Parts into which the rows of a batch are cut."""
-        return math.prod(self.mesh.shape[axis] for axis in self.strategy.activations.get("batch", ()))
+        return row_shards(self.strategy, self.mesh)
 
     def array(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
         """An abstract activation."""
@@ -157,7 +156,7 @@ def _cached_program(
 def inference_parameters(setting: Setting) -> Tree:
     """Abstract parameters as a checkpoint loads them: in `setting.dtype` or packed, and float32 what must stay so."""
     config = setting.config
-    shapes = jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+    shapes = weights.shapes(config)
     if setting.weights == "packed":
         rules, facts = setting.strategy.parameters, weights.facts(config)
         places = flatten(parameter_shardings(facts, shapes, rules, setting.mesh))

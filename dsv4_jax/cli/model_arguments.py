@@ -102,7 +102,7 @@ class ModelArguments:
         mesh, strategy = partition.mesh, partition.strategy
 
         def shardings(config: DeepseekV4Config) -> Any:
-            facts, shapes = weights.facts(config), jax.eval_shape(lambda: weights.init(config, jax.random.key(0)))
+            facts, shapes = weights.facts(config), weights.shapes(config)
             check_fit(facts, shapes, strategy, mesh)
             return parameter_shardings(facts, shapes, strategy.parameters, mesh)
 

@@ -53,7 +53,7 @@ class Train:
     cache: str | None = None
     """Where token files and compiled programs are kept; the user's cache folder by default."""
     mesh: str | None = None
-    """Devices by axis, as in "data=2,expert=4"; -1 stands for the rest. All devices on the strategy's own axis by
+    """Devices by axis, as in "data=2,fsdp=4"; -1 stands for the rest. All devices on the strategy's own axis by
     default."""
     strategy: str | None = None
     """How work and weights lie on the mesh: data, fsdp, expert-fsdp, long-context. fsdp on several devices."""

@@ -29,10 +29,10 @@ from dsv4_jax.presets import preset
 from sharding import targets
 from sharding.aot import Memory, Program, _refused, _size, advise, compile_for
 from sharding.hlo import Collective
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, parse_mesh
 from sharding.partition import MeshPartition
 from sharding.roofline import wire_bytes
-from sharding.rules import find_strategy
+from sharding.rules import STRATEGIES, check_axes, find_strategy
 from sharding.targets import parse_target
 
 
@@ -93,7 +93,21 @@ def test_default_meshes_put_as_many_devices_on_the_experts_as_divide_them():
     assert default_meshes(flash, find_strategy("expert-fsdp"), 1024)[0] == "expert=256,fsdp=-1"
     assert default_meshes(flash, find_strategy("expert-tensor"), 8) == [f"expert={n},tensor=-1" for n in (8, 4, 2, 1)]
     assert default_meshes(preset("v4-pro"), find_strategy("expert-fsdp"), 2048)[0] == "expert=128,fsdp=-1"
+    assert default_meshes(flash, find_strategy("expert-data"), 512)[0] == "expert=256,data=-1"
     assert default_meshes(flash, find_strategy("fsdp"), 64) == ["fsdp=-1"]
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "one"])
+def test_a_strategy_uses_every_axis_of_its_default_meshes(name):
+    for text in default_meshes(preset("v4-flash"), STRATEGIES[name], 512):
+        check_axes(STRATEGIES[name], parse_mesh(text, 512))
+
+
+def test_an_axis_that_the_strategy_does_not_use_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(targets.Target, "devices", lambda self: [None] * 8)
+    asked = "nano --target h200:1x8 --strategy fsdp --mesh expert=8"
+    assert main(["compile", *asked.split()]) == 2
+    assert "mesh axis expert=8: the strategy 'fsdp'" in capsys.readouterr().err
 
 
 def mesh_of(hosts: int, gpus: int):

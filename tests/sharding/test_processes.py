@@ -166,6 +166,31 @@ def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the
         np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=TOLERANCE, err_msg=name)
 
 
+def test_two_processes_whose_rows_lie_apart_train_as_one(home, whole):
+    """As on a TPU slice, where a mesh follows the wiring."""
+    script, port = [sys.executable, str(ROOT / "tests" / "wiring.py")], free_port()
+    options = arguments(home, "--strategy", "fsdp", "--mesh", "fsdp=4", "--set", "stages.dense.steps=6")
+    options[options.index("--out") + 1] = str(home / "apart")
+    logs = [home / f"apart-{number}.txt" for number in range(2)]
+    two = [
+        subprocess.Popen(
+            [*script, *options], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
+            env=environment(2, i, port, devices=2) | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)},
+        )
+        for i, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        ends = [process.wait(timeout=300) for process in two]
+    finally:
+        for process in two:
+            process.kill()
+    assert ends == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    found, wanted = values(home / "apart", "loss"), values(whole, "loss")
+    assert sorted(found) == list(range(1, 7))
+    for step in range(1, 5):  # behind them the learning rate falls
+        assert found[step] == pytest.approx(wanted[step], rel=TOLERANCE)
+
+
 SPIKE_AT = 11
 STABILITY = {"spike_window": 6, "spike_steps": 1, "rollback_steps": 2, "anticipatory_steps": 7, "anticipatory_delay": 2}
 
@@ -233,7 +258,7 @@ def test_the_rows_of_a_batch_are_the_same_for_any_number_of_processes(home):
     store, config = prepare(str(home / "texts"), "bytes", cache=home / "cache"), BatchConfig(64, 4, seed=3)
 
     def batches(count, state=None):
-        parts = [TrainBatches(store, config, i, count) for i in range(count)]
+        parts = [TrainBatches(store, config, range(i * 4 // count, (i + 1) * 4 // count)) for i in range(count)]
         for part in parts:
             part.set_state(state) if state else None
         return [np.concatenate([next(part)["tokens"] for part in parts]) for _ in range(3)], parts[-1].get_state()

@@ -4,13 +4,15 @@ import math
 
 import jax
 import pytest
+from devices import on_devices
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv4_jax import weights
 from dsv4_jax.errors import UserError
 from dsv4_jax.presets import preset
 from sharding.mesh import AXES, parse_mesh
-from sharding.rules import STRATEGIES, check_fit, find_strategy, parameter_specs, spec, used_axes
+from sharding.rules import STRATEGIES, check_axes, check_fit, find_strategy, parameter_specs, spec, used_axes
+from train.placement import place
 
 FLASH = preset("v4-flash")
 FACTS = weights.facts(FLASH)
@@ -46,6 +48,49 @@ def test_a_wrong_mesh_says_what_is_wrong(text, says):
 def test_an_unknown_strategy_lists_those_there_are():
     with pytest.raises(UserError, match="expert-fsdp"):
         find_strategy("zero")
+
+
+@pytest.mark.parametrize(
+    ("text", "strategy", "says"),
+    [
+        (
+            "expert=8",
+            "fsdp",
+            "expert=8: the strategy 'fsdp' .* 8 devices would repeat .* that use expert: expert-fsdp, ",
+        ),
+        ("data=2,context=4", "fsdp", "context=4: .* It uses data, fsdp; strategies that use context: long-context$"),
+        ("fsdp=8", "data", "fsdp=8: .* that use fsdp: fsdp, expert-fsdp, expert-tensor, expert-data, long-context"),
+        ("tensor=8", "expert-fsdp", "tensor=8: .* that use tensor: expert-tensor$"),
+        ("expert=4,tensor=2", "expert-data", "tensor=2: .* that use tensor"),
+        ("data=8", "one", "data=8: the strategy 'one' .* It uses one device; "),
+    ],
+)
+def test_a_mesh_axis_that_a_strategy_does_not_use_is_refused(text, strategy, says):
+    with pytest.raises(UserError, match=says):
+        check_axes(find_strategy(strategy), parse_mesh(text, 8))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=lambda strategy: strategy.name)
+def test_a_strategy_may_use_its_own_axes_and_any_may_have_one_device(strategy):
+    check_axes(strategy, dict.fromkeys(AXES, 1) | dict.fromkeys(strategy.axes, 2))
+    assert strategy.name == "one" or strategy.grows in strategy.axes
+
+
+def unused_axis_refused():
+    """What the command line's texts give on eight devices."""
+    said = []
+    for mesh, strategy in (("expert=8", None), (None, "one"), ("fsdp=4,data=2", None), (None, "expert-data")):
+        try:
+            said.append(str(place(mesh, strategy).mesh.size))
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_training_and_inference_refuse_it_before_they_begin():
+    expert, one, *accepted = on_devices(8, unused_axis_refused)
+    assert expert.startswith("mesh axis expert=8") and one.startswith("mesh axis data=8")
+    assert accepted == ["8", "8"]
 
 
 def test_a_mesh_axis_is_taken_once_and_by_the_first_dimension():

@@ -78,7 +78,7 @@ def test_phases_cover_every_residue_and_can_be_fixed(store):
 def test_the_score_counts_exact_answers_by_distance_and_phase(store):
     task = RecallTask(n_pairs=4, min_distance=30, rounds=2)
     perfect, blind = RecallScore(), RecallScore()
-    for batch in recall_batches(store, task, 200, 3, 2):
+    for batch in recall_batches(store, task, 200, 3, 6):
         assert batch["tokens"].shape == (3, 200) and batch["answers"].sum() == 24
         perfect.add(batch, np.roll(batch["tokens"], -1, axis=1))
         blind.add(batch, np.zeros_like(batch["tokens"]))
@@ -90,7 +90,7 @@ def test_the_score_counts_exact_answers_by_distance_and_phase(store):
 def test_guessing_among_the_values_reaches_the_stated_chance(store):
     task = RecallTask(n_pairs=4, min_distance=30)
     words, score, rng = Words.of(store.tokenizer, 64, 64), RecallScore(), np.random.default_rng(0)
-    for batch in recall_batches(store, task, 400, 10, 10):
+    for batch in recall_batches(store, task, 400, 10, 100):
         score.add(batch, rng.choice(words.values, batch["tokens"].shape))
     chance = task.chance(store.tokenizer)
     assert chance["shown"] == 0.25 and score.accuracy == pytest.approx(chance["blind"], abs=0.02)

@@ -1,8 +1,9 @@
-"""Endless batches of numbered rows: sharded over processes, resumed from a number."""
+"""Endless batches of numbered rows: shared out to processes, resumed from a number."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import grain
@@ -24,34 +25,25 @@ class NumberedRows(Protocol):
 
 
 class RowBatches:
-    """Endless iterator over one process's part of every batch.
+    """Endless iterator over one process's rows of every batch.
 
     Its state is the number of batches taken: a small JSON dictionary, the same on every process and for any number of
-    processes. Rows [p * b, (p + 1) * b) of a batch belong to process p, b = batch_size / process_count.
+    processes.
 
     Args:
         rows: a pure function of the row's number.
         batch_size: rows of a batch, over all processes together.
         identity: what the rows are made of, by part; JSON. A state of another identity is refused.
-        process_index: this process.
-        process_count: all of them.
+        own: which of a batch's rows this process makes, in this order (`Placement.own_rows`); None: all.
     """
 
-    def __init__(
-        self,
-        rows: NumberedRows,
-        batch_size: int,
-        identity: dict[str, Any],
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
+    def __init__(self, rows: NumberedRows, batch_size: int, identity: dict[str, Any], own: Sequence[int] | None = None):
         """Begins at batch 0; `set_state` moves it."""
-        if batch_size % process_count or not 0 <= process_index < process_count:
-            found = f"process {process_index} of {process_count}, batch_size {batch_size}"
-            raise UserError(f"{found}: the number of processes must divide the batch, and the index lie below it")
+        own = range(batch_size) if own is None else own
+        if not own or min(own) < 0 or max(own) >= batch_size:
+            raise UserError(f"rows {list(own)} are to be made of batches whose rows are 0 to {batch_size - 1}")
         self._identity = {part: _plain(value) for part, value in identity.items()}
-        share = batch_size // process_count
-        source = _Share(rows, batch_size, process_index * share, share)
+        source = _OwnRows(rows, batch_size, own)
         # `ReadAhead` reads in the background: grain's threads would keep a process alive whose source has stalled.
         at_once = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(at_once))
@@ -62,7 +54,7 @@ class RowBatches:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch: [batch_size / process_count, seq_len] int32 arrays."""
+        """The next batch: [own rows, seq_len] int32 arrays."""
         batch = next(self._iterator)
         self.step += 1
         return batch
@@ -84,19 +76,24 @@ class RowBatches:
         self._iterator.set_state({"next_index": self.step})
 
 
-class _Share:
+class _OwnRows:
     """Batch `index` of one process, as grain wants a source."""
 
-    def __init__(self, rows: NumberedRows, batch_size: int, first: int, count: int):
-        self._rows, self._batch_size, self._first, self._count = rows, batch_size, first, count
+    def __init__(self, rows: NumberedRows, batch_size: int, own: Sequence[int]):
+        self._rows, self._batch_size, self._own = rows, batch_size, own
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch_size
 
     def __getitem__(self, index: int) -> Batch:
-        first = int(index) * self._batch_size + self._first
-        rows = [self._rows.row(first + i) for i in range(self._count)]
+        first = int(index) * self._batch_size
+        rows = [self._rows.row(first + number) for number in self._own]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def filled(batch: Batch, rows: int) -> Batch:
+    """The batch with padding behind its own rows, up to `rows`: zeros, so no text and no answers."""
+    return {name: np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -137,11 +137,11 @@ class Rows:
 class TrainBatches(RowBatches):
     """The batches of a training stage over a corpus."""
 
-    def __init__(self, store: TokenStore, config: BatchConfig, process_index: int = 0, process_count: int = 1):
+    def __init__(self, store: TokenStore, config: BatchConfig, own: Sequence[int] | None = None):
         """See `RowBatches`."""
         self.rows = Rows(store, config)
         identity = {"data": store.identity, "stage": asdict(config)}
-        super().__init__(self.rows, config.batch_size, identity, process_index, process_count)
+        super().__init__(self.rows, config.batch_size, identity, own)
 
     @property
     def offset(self) -> int:
@@ -150,33 +150,25 @@ class TrainBatches(RowBatches):
 
 
 def heldout_batches(
-    store: TokenStore,
-    seq_len: int,
-    batch_size: int,
-    *,
-    documents: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    store: TokenStore, seq_len: int, batch_size: int, *, documents: int | None = None
 ) -> Iterator[Batch]:
     """The text of the (first `documents`) held-out documents, each token predicted exactly once.
 
     A document longer than a row is cut; each further piece repeats the last token of the piece before it, so that the
     next-token targets within the segments are all tokens but BOS, once. Divide the summed loss by the length of
-    `store.heldout_bytes(documents)` (see `bits_per_byte`). All batches are full [batch_size / process_count, seq_len]
-    and every process gets the same number of them; the rest is padding.
+    `store.heldout_bytes(documents)` (see `bits_per_byte`). All batches are full [batch_size, seq_len]; the rest is
+    padding.
     """
-    share = batch_size // process_count
     pieces = [
         (i, slice(begin, begin + seq_len))
         for i in store.heldout_documents[:documents]
         for begin in range(0, max(1, int(store.lengths[i]) - 1), seq_len - 1)
     ]
     for first in range(0, len(pieces), batch_size):
-        batch = empty_rows((share, seq_len), store.tokenizer.pad_id)
+        batch = empty_rows((batch_size, seq_len), store.tokenizer.pad_id)
         if store.answers is not None:
-            batch["loss_mask"] = np.zeros((share, seq_len), np.int32)
-        mine = pieces[first + process_index * share : first + (process_index + 1) * share]
-        for place, (document, piece) in enumerate(mine):
+            batch["loss_mask"] = np.zeros((batch_size, seq_len), np.int32)
+        for place, (document, piece) in enumerate(pieces[first : first + batch_size]):
             answers = store.answers_of(document)
             row = {name: array[place] for name, array in batch.items()}
             put(row, 0, 1, store.document(document)[piece], None if answers is None else answers[piece])

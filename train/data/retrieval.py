@@ -161,14 +161,15 @@ class RecallScore:
 
 
 def recall_batches(
-    store: TokenStore, task: RecallTask, seq_len: int, batch_size: int, n_batches: int, seed: int = 0
+    store: TokenStore, task: RecallTask, seq_len: int, batch_size: int, rows: int, seed: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Evaluation set: batches as in training plus `answers` (bool) and `distances` (int32, 0 elsewhere), [B, S].
+    """Evaluation set of `rows` documents: batches as in training, of which the last can have fewer rows.
 
+    Each has also `answers` (bool) and `distances` (int32, 0 elsewhere), [B, S].
     The text between comes from held-out documents, and no seed of a training run gives the same pairings.
     """
-    for first in range(0, n_batches * batch_size, batch_size):
-        numbers = range(first, first + batch_size)
+    for first in range(0, rows, batch_size):
+        numbers = range(first, min(first + batch_size, rows))
         documents = [task.document(store, seq_len, (seed, 0, i, 1), from_heldout=True) for i in numbers]
         tokens = np.stack([document.tokens for document in documents])
         answers, distances = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)

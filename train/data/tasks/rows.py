@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,19 +65,21 @@ class TaskRows:
         return entry | {"loss_mask": _marked(row, np.ones_like(row.answers))} if self.answers_only else entry
 
 
-def task_batches(
-    source: TaskSource, rows: TaskRows, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> RowBatches:
-    """Endless batches of a stage, of each the rows of one process."""
+def task_batches(source: TaskSource, rows: TaskRows, batch_size: int, own: Sequence[int] | None = None) -> RowBatches:
+    """Endless batches of a stage, of each a process's `own` rows (see `RowBatches`)."""
     stage = {**dataclasses.asdict(rows), "batch_size": batch_size}
-    return RowBatches(rows, batch_size, {"data": source.identity, "stage": stage}, process_index, process_count)
+    return RowBatches(rows, batch_size, {"data": source.identity, "stage": stage}, own)
 
 
-def evaluation_batches(task: Task, length: int, batch_size: int, n_batches: int, seed: int = 0) -> Iterator[Batch]:
-    """Held-out rows: batches as in training plus "answers" (bool), "distances" and "needles" (int32), all [B, S]."""
-    for first in range(0, n_batches * batch_size, batch_size):
-        rows = [task.row(length, seed, index, heldout=True) for index in range(first, first + batch_size)]
-        entries = [as_entry(row) | _questions(row) for row in rows]
+def evaluation_batches(task: Task, length: int, batch_size: int, rows: int, seed: int = 0) -> Iterator[Batch]:
+    """The first `rows` held-out rows: batches as in training, of which the last can have fewer rows.
+
+    Each has also "answers" (bool), "distances" and "needles" (int32), all [B, S].
+    """
+    for first in range(0, rows, batch_size):
+        numbers = range(first, min(first + batch_size, rows))
+        made = [task.row(length, seed, number, heldout=True) for number in numbers]
+        entries = [as_entry(row) | _questions(row) for row in made]
         yield {name: np.stack([entry[name] for entry in entries]) for name in entries[0]}
 
 

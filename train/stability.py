@@ -49,13 +49,6 @@ class Stability:
     anticipatory_steps: int = 200
     anticipatory_delay: int = 4
 
-    def problems(self) -> list[str]:
-        """What is wrong with the numbers, in words."""
-        least = {"skipped_in_a_row": 1, "spike_threshold": 0, "spike_window": 4, "spike_steps": 1}
-        least |= {"rollback_steps": 1, "anticipatory_steps": 0, "anticipatory_delay": 0}
-        found = asdict(self)
-        return [f"stability.{n} is {found[n]}; at least {low} is needed" for n, low in least.items() if found[n] < low]
-
 
 @dataclass(frozen=True)
 class Spike:

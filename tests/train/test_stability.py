@@ -285,7 +285,7 @@ def test_a_skipped_step_says_what_was_not_finite():
 
 
 def test_settings_that_cannot_work_are_named(home):
-    with pytest.raises(RecipeError, match=r"stability.spike_steps is 0; at least 1(?s:.*)rollback_steps is 0"):
+    with pytest.raises(RecipeError, match=r"stability.spike_steps is 0, at least 1(?s:.*)rollback_steps is 0"):
         find_recipe(home / "tiny.json", ["stability.spike_steps=0", "stability.rollback_steps=0"]).check()
 
 

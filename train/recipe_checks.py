@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.lora import Lora
@@ -143,7 +145,7 @@ def setting_problems(recipe: Recipe, config: DeepseekV4Config) -> list[str]:
     if distance < window and recipe.data.task is None:
         problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
     if recipe.lora is not None:
-        problems += recipe.lora.problems() or _adapter_problems(recipe.lora, config)
+        problems += recipe.lora.problems() or _adapter_problems(recipe, recipe.lora, config)
         problems += [] if recipe.start_from else ["lora adapts the weights of a run or checkpoint: name it with --from"]
     try:
         precision_policy(recipe.precision.policy, config)
@@ -152,10 +154,18 @@ def setting_problems(recipe: Recipe, config: DeepseekV4Config) -> list[str]:
     return problems
 
 
-def _adapter_problems(lora: Lora, config: DeepseekV4Config) -> list[str]:
-    """Matrices that are not there, or too small for the rank."""
+def _adapter_problems(recipe: Recipe, lora: Lora, config: DeepseekV4Config) -> list[str]:
+    """Matrices that are not there, or too small for the rank; stages that no adapter trains in."""
     try:
         adapted.shapes(lora, config)
     except UserError as error:
         return [str(error)]
-    return []
+    trained = jax.tree.leaves(adapted.facts(lora, config)["lora"])
+    if not config.has_indexer or any(fact.role == "indexer" for fact in trained):
+        return []
+    return [
+        f"stages.{i} ({stage.name}): it trains the indexers alone, and lora has no adapters on them: leave it out with "
+        f"--set stages.{stage.name}=null, or add 'indexer' to lora.targets"
+        for i, stage in enumerate(recipe.stages)
+        if stage.kind == "indexer_warmup"
+    ]

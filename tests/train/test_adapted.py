@@ -93,6 +93,10 @@ def test_a_recipe_says_what_it_lacks():
         find_recipe("nano", ['lora={"rank": 4}']).check()
     with pytest.raises(RecipeError, match="lora.rank 999 is no low rank for "):
         find_recipe("nano", ['lora={"rank": 999}']).check()
+    with pytest.raises(RecipeError, match=r"stages.1 \(indexer\): it trains the indexers alone.*stages.indexer=null"):
+        find_recipe("nano", ["lora={}", "start_from=base"]).check()
+    for setting in ("stages.indexer=null", 'lora.targets=["attn", "indexer"]'):
+        find_recipe("nano", ['lora={"rank": 2}', "start_from=base", setting]).check()
     assert "at equal streams the maps are those of pretraining" in adapted.describe(LORA, TINY)
     moving = dataclasses.replace(LORA, streams="adapted")
     assert "they move" in adapted.describe(moving, TINY)

@@ -68,11 +68,23 @@ def test_settings_by_dotted_name():
         ("stages.0.kind=thick", "expected 'dense' or 'indexer_warmup' or 'sparse'"),
         ("seed.x=1", "seed is a single value"),
         ("seed", "expected NAME=VALUE"),
+        ("lora.rank=4", """lora is not set; set it as a whole: --set 'lora={"rank": 4}'"""),
+        ("data.task.options.n_pairs=4", """set it as a whole: --set 'data.task={"options": {"n_pairs": 4}}'"""),
+        ("stages.0=5", "stages.0 is 5; expected an object"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_nearest_right_one(setting, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         find_recipe("nano", [setting])
+
+
+def test_a_stage_can_be_changed_by_an_object_and_left_out():
+    nano = find_recipe("nano")
+    dense, _, sparse = nano.stages
+    recipe = find_recipe("nano", ["stages.indexer=null", 'stages.sparse={"steps": 9}'])
+    assert recipe.stages == (dense, dataclasses.replace(sparse, steps=9))
+    recipe.check()
+    assert find_recipe("nano", ["lora={}", "lora.targets.shared=indexer"]).lora.targets == ("attn", "indexer")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Evaluator:
         results = [self._run(params, attention, batch) for batch in batches]
         nats = sum(float(result["nats"]) for result in results)
         if self.store.answers is None:
-            found = {"heldout_bpb": bits_per_byte(nats, len(self.store.heldout_bytes(documents)))}
+            found = {"heldout_bpb": bits_per_byte(nats, self.store.heldout_size(documents))}
         else:
             found = {"heldout_answers": nats / max(sum(float(result["scored"]) for result in results), 1.0)}
         return found | _index_recall(results)

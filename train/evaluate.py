@@ -21,7 +21,7 @@ from train.data.tasks import Task
 from train.data.tasks.rows import TaskSource, evaluation_batches
 from train.data.tasks.score import TaskScore
 from train.data.tokens import TokenStore
-from train.losses import LOGIT_ELEMENTS, shifted_targets
+from train.losses import LOGIT_ELEMENTS, index_losses, shifted_targets
 from train.placement import STEP_READS, Placement
 
 Attention = Literal["dense", "sparse"]
@@ -70,7 +70,7 @@ class Evaluator:
         results = [self._run(params, attention, batch) for batch in batches]
         nats = sum(float(result["nats"]) for result in results)
         if self.store.answers is None:
-            found = {"heldout_bpb": bits_per_byte(nats, len(self.store.heldout_bytes(documents)))}
+            found = {"heldout_bpb": bits_per_byte(nats, self.store.heldout_size(documents))}
         else:
             found = {"heldout_answers": nats / max(sum(float(result["scored"]) for result in results), 1.0)}
         return found | _index_recall(results)
@@ -134,7 +134,7 @@ def scores(
         "nats": summed next-token cross-entropy within documents, where there is a loss mask of the tokens that it
         marks, and "scored", their number; "predicted" int32 [B, S]: the most likely token after
         each place; in dense attention with CSA layers also "recall" and "seeing", the summed recall of the indexers and
-        the number of (layer, token) pairs that it is a sum over.
+        the number of (layer, token) pairs that it is a sum over, padding left out.
     """
     dense, tokens, segment_ids = attention == "dense", batch["tokens"], batch["segment_ids"]
     out = forward(
@@ -150,7 +150,7 @@ def scores(
     targets, weights = shifted_targets(tokens, segment_ids, 1, batch.get("loss_mask"))
     nats, predicted = partition.token_values(_nats_and_best, model.output_matrix(params), out.hidden, targets)
     found = {"nats": (nats * weights).sum(), "scored": weights.sum(), "predicted": predicted}
-    if indexed := [layer["index_loss"] for layer in out.layers if "index_loss" in layer]:
+    if indexed := index_losses(out, segment_ids):
         found["recall"] = jnp.stack([jnp.where(loss.counts, loss.recall, 0.0).sum() for loss in indexed]).sum()
         found["seeing"] = jnp.stack([loss.counts.sum() for loss in indexed]).sum()
     return found

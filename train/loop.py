@@ -203,7 +203,7 @@ class Evaluators:
     def at(self, length: int) -> Evaluator:
         """For rows of `length` tokens."""
         rows, plan = self.run.recipe.cadence.eval_batch_size, self.run.plan
-        key = ("evaluator", self.run.config, plan.precision, length, rows)
+        key = ("evaluator", self.run.config, plan.precision, plan.lora, length, rows)
         if key not in self._made:
             self._made[key] = Evaluator(
                 self.run.config, self.store, length, rows, plan.forward(), plan.placement, plan.rounded

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dsv4_jax import model
 from dsv4_jax.config import CSA, DeepseekV4Config
+from dsv4_jax.kernels.indexer_topk import IndexLoss
 from dsv4_jax.layer_plan import MLA_SPARSE
 from dsv4_jax.layers.layout import make_layout
 from dsv4_jax.partition import ALONE, Partition
@@ -166,7 +167,7 @@ class LossWeights:
 
 
 class Totals(NamedTuple):
-    """What a whole batch divides its losses by: counted targets; of each indexer the tokens that see an entry."""
+    """What a batch divides its losses by: counted targets; of each indexer the tokens of text that see an entry."""
 
     ce: jax.Array
     mtp: jax.Array
@@ -180,9 +181,10 @@ def batch_totals(config: DeepseekV4Config, batch: Batch) -> Totals:
     blocks = make_layout(config, tokens.shape[0], tokens.shape[1], segment_ids).blocks
     kinds = [(layer.attention, layer.ratio) for layer in _blocks_run(config)]
     ratios = [ratio for kind, ratio in kinds if (kind == CSA and ratio in blocks) or kind == MLA_SPARSE]
-    seeing = {ratio: (blocks[ratio].hi > blocks[ratio].lo).sum().astype(jnp.float32) for ratio in set(ratios) - {0}}
-    seeing[0] = jnp.float32(tokens.size)  # where nothing is compressed, every token sees itself
-    return Totals(ce, mtp, tuple(seeing[ratio] for ratio in ratios))
+    text = segment_ids != 0
+    # Where nothing is compressed, every token sees itself.
+    seeing = {ratio: text & (blocks[ratio].hi > blocks[ratio].lo) if ratio else text for ratio in set(ratios)}
+    return Totals(ce, mtp, tuple(seeing[ratio].sum().astype(jnp.float32) for ratio in ratios))
 
 
 def training_loss(
@@ -200,7 +202,7 @@ def training_loss(
     """The loss of one microbatch, as its part of the whole batch's: the parts of all microbatches add up.
 
     loss = CE + mtp_weight * MTP + balance * mean over learned-routing blocks + index * mean over CSA blocks of the KL.
-    CE and MTP are means over the counted targets, the KL over the tokens that see an entry, of the whole batch.
+    CE and MTP are means over the counted targets, the KL over the tokens of text that see an entry, of the whole batch.
 
     Args:
         config: the architecture.
@@ -247,11 +249,20 @@ def training_loss(
         if learned := learned_blocks(config):
             parts["balance"] = share * jnp.stack([out.layers[i]["balance"] for i in learned]).mean()
             loss += weights.balance * parts["balance"]
-    if indexed := [layer["index_loss"] for layer in out.layers if "index_loss" in layer]:
+    if indexed := index_losses(out, segment_ids):
         parts["index_kl"] = _mean_over(indexed, "kl", totals.index)
         parts["index_recall"] = _mean_over(indexed, "recall", totals.index)
         loss += weights.index * parts["index_kl"]
     return loss, parts
+
+
+def index_losses(out: model.Output, segment_ids: jax.Array) -> list[IndexLoss]:
+    """The indexers' losses of a forward, in order of the blocks; what is no text (segment 0) does not count in them.
+
+    To the layers padding is one more document, whose tokens see entries of their own.
+    """
+    found = [layer["index_loss"] for layer in out.layers if "index_loss" in layer]
+    return [loss._replace(counts=loss.counts & (segment_ids != 0)) for loss in found]
 
 
 def learned_blocks(config: DeepseekV4Config) -> list[int]:
@@ -277,7 +288,7 @@ def _mean_cross_entropy(
         return partition.token_sums(sums, matrix, hidden, targets, counted) / jnp.maximum(total, 1)
 
 
-def _mean_over(losses: list[Any], field: str, totals: tuple[jax.Array, ...]) -> jax.Array:
+def _mean_over(losses: list[IndexLoss], field: str, totals: tuple[jax.Array, ...]) -> jax.Array:
     """Mean over CSA blocks of the mean over the tokens that count."""
     sums = [jnp.where(loss.counts, getattr(loss, field), 0.0).sum() for loss in losses]
     return jnp.stack([s / jnp.maximum(t, 1) for s, t in zip(sums, totals, strict=True)]).mean()

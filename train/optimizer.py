@@ -18,7 +18,7 @@ import optax
 from dsv4_jax.facts import Fact
 from train.newton_schulz import orthogonalize, orthogonalize_all
 
-__all__ = ["MuonState", "OptimizerConfig", "make_optimizer", "orthogonalize", "scale_by_muon", "update_rms"]
+__all__ = ["MuonState", "OptimizerConfig", "at_step", "make_optimizer", "orthogonalize", "scale_by_muon", "update_rms"]
 
 Tree = Any  # a nested dict of arrays, facts or booleans
 Orthogonalizer = Callable[[list[jax.Array], list[Fact], Any], list[jax.Array]]
@@ -100,6 +100,16 @@ def make_optimizer(
         optax.scale_by_learning_rate(learning_rate),
         _zero_frozen(moves),
     )
+
+
+def at_step(state: Tree, step: jax.Array) -> Tree:
+    """The optimizer's state with its learning rate at `step` of the schedule, int32; every moment keeps its own count.
+
+    The two counts part where a step is skipped: it is a step of the run, which ends at the schedule's floor, but not
+    one that AdamW's moments have seen.
+    """
+    scheduled = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(lambda x: x._replace(count=step) if scheduled(x) else x, state, is_leaf=scheduled)
 
 
 def scale_by_muon(

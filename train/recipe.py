@@ -16,7 +16,7 @@ from dsv4_jax.errors import UserError
 from dsv4_jax.lora import Lora
 from train.losses import LossWeights
 from train.optimizer import OptimizerConfig
-from train.recipe_checks import number_problems, stage_problems, task_problems
+from train.recipe_checks import range_problems, setting_problems, stage_problems, task_problems
 from train.recipe_json import read_json, recipe_from_json, recipe_to_json, set_values
 from train.recipe_parts import Cadence, DataChoice, LearningRate, ModelChoice, Stage, TaskChoice
 from train.schedule import warmup_constant_cosine
@@ -113,11 +113,11 @@ class Recipe:
             RecipeError, ConfigError: with every setting that is wrong.
         """
         config = self.model.config
-        problems = stage_problems(self, config)
+        problems = [*range_problems(self), *stage_problems(self, config)]
         problems += [] if self.stages else ["stages is empty: a run needs at least one"]
         names = [stage.name for stage in self.stages]
         problems += [f"two stages are called {name!r}" for name in sorted(set(names)) if names.count(name) > 1]
-        problems += number_problems(self) + task_problems(self, config)
+        problems += setting_problems(self, config) + task_problems(self, config)
         if not problems:
             try:
                 self.schedule()

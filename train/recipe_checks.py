@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
@@ -14,6 +18,88 @@ from train.data.tasks import TaskError
 if TYPE_CHECKING:
     from train.recipe import Recipe, Stage
 
+# Where every number lies: "[" and "]" are bounds that it may have, "(" and ")" bounds that it may not. Nothing may be
+# infinite. What is None is not there: it has no bounds.
+RANGES = {
+    "seed": "[0, 1e18]",
+    "optimizer.momentum": "[0, 1)",
+    "optimizer.update_rms": "(0, inf)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.adam_b1": "[0, 1)",
+    "optimizer.adam_b2": "[0, 1)",
+    "optimizer.adam_eps": "(0, inf)",
+    "optimizer.clip_norm": "(0, inf)",
+    "learning_rate.peak": "(0, inf)",
+    "learning_rate.floor": "[0, inf)",
+    "learning_rate.warmup_steps": "[0, inf)",
+    "learning_rate.decay_start": "(0, 1)",
+    "losses.mtp": "[0, inf)",
+    "losses.mtp_decayed": "[0, inf)",
+    "losses.balance": "[0, inf)",
+    "losses.index": "[0, inf)",
+    "losses.bias_speed": "[0, inf)",
+    "precision.unroll": "[0, inf)",
+    "lora.alpha": "(0, inf)",
+    "data.fim_rate": "[0, 1]",
+    "data.recall_share": "[0, 1)",
+    "data.recall_pairs": "[1, inf)",
+    "data.recall_distance": "[1, inf)",
+    "data.task.phases": "[1, inf)",
+    "data.task.far": "[0, inf)",
+    "cadence.checkpoint_every": "[1, inf)",
+    "cadence.keep": "[1, inf)",
+    "cadence.eval_every": "[0, inf)",
+    "cadence.eval_documents": "[1, inf)",
+    "cadence.final_documents": "[1, inf)",
+    "cadence.eval_batch_size": "[1, inf)",
+    "cadence.recall_rows": "[0, inf)",
+    "cadence.data_timeout": "[0, inf)",
+    "stability.skipped_in_a_row": "[1, inf)",
+    "stability.spike_threshold": "[0, inf)",
+    "stability.spike_window": "[4, inf)",
+    "stability.spike_steps": "[1, inf)",
+    "stability.rollback_steps": "[1, inf)",
+    "stability.anticipatory_steps": "[0, inf)",
+    "stability.anticipatory_delay": "[0, inf)",
+}
+STAGE_RANGES = {
+    "steps": "[1, inf)",
+    "sequence_length": "[2, inf)",  # a token and its target
+    "batch_size": "[1, inf)",
+    "microbatches": "[1, inf)",
+}
+
+
+def range_problems(recipe: Recipe) -> Iterator[str]:
+    """Numbers of the recipe, and of its stages, that lie outside of their range."""
+    for name, interval in RANGES.items():
+        yield from _outside(name, _value(recipe, name), interval)
+    for i, stage in enumerate(recipe.stages):
+        for name, interval in STAGE_RANGES.items():
+            yield from _outside(f"stages.{i} ({stage.name}): {name}", getattr(stage, name), interval)
+
+
+def _value(node: Any, path: str) -> Any:
+    """The setting of a dotted name; None where a part of the recipe is not there."""
+    for name in path.split("."):
+        node = None if node is None else getattr(node, name)
+    return node
+
+
+def _outside(name: str, value: float | None, interval: str) -> Iterator[str]:
+    if value is None:
+        return
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    if above and (value <= high if interval[-1] == "]" else value < high):
+        return
+    needed = f"it must lie in {interval}"
+    if not abs(value) < math.inf:
+        needed = "a finite number is needed"
+    elif high == math.inf:
+        needed = f"{'at least' if interval[0] == '[' else 'more than'} {low:g} is needed"
+    yield f"{name} is {value}, {needed}"
+
 
 def stage_problems(recipe: Recipe, config: DeepseekV4Config) -> list[str]:
     """Of each stage by itself."""
@@ -22,9 +108,6 @@ def stage_problems(recipe: Recipe, config: DeepseekV4Config) -> list[str]:
 
 def _of_stage(index: int, stage: Stage, config: DeepseekV4Config) -> list[str]:
     where, problems = f"stages.{index} ({stage.name})", []
-    for name in ("steps", "sequence_length", "batch_size", "microbatches"):
-        if getattr(stage, name) < 1:
-            problems.append(f"{where}: {name} is {getattr(stage, name)}, at least 1 is needed")
     if stage.microbatches > 0 and stage.batch_size % stage.microbatches:
         problems.append(f"{where}: microbatches {stage.microbatches} must divide batch_size {stage.batch_size}")
     if stage.sequence_length > config.max_position_embeddings:
@@ -53,36 +136,36 @@ def task_problems(recipe: Recipe, config: DeepseekV4Config) -> list[str]:
     return problems
 
 
-def number_problems(recipe: Recipe) -> list[str]:
-    """Of numbers, and of words that stand for numbers."""
+def setting_problems(recipe: Recipe, config: DeepseekV4Config) -> list[str]:
+    """Of settings that do not go together, and of words that stand for numbers."""
     problems = []
-    if not 0 < recipe.learning_rate.decay_start < 1:
-        problems.append(f"learning_rate.decay_start is a share of the run, not {recipe.learning_rate.decay_start}")
-    if not 0 <= recipe.data.fim_rate <= 1:
-        problems.append(f"data.fim_rate is {recipe.data.fim_rate}; it must lie in [0, 1]")
-    if not 0 <= recipe.data.recall_share < 1:
-        problems.append(f"data.recall_share is {recipe.data.recall_share}; it must lie in [0, 1)")
     if recipe.data.format == "chat" and (recipe.data.fim_rate or recipe.data.recall_share):
         problems.append("data.format is chat: data.fim_rate and data.recall_share must be 0, they are of text")
-    distance, window = recipe.data.recall_distance, recipe.model.config.sliding_window
+    distance, window = recipe.data.recall_distance, config.sliding_window
     if distance < window and recipe.data.task is None:
         problems.append(f"data.recall_distance is {distance}: below the window of {window} it tests nothing")
     if recipe.lora is not None:
-        problems += recipe.lora.problems() or _adapter_problems(recipe.lora, recipe.model.config)
+        problems += recipe.lora.problems() or _adapter_problems(recipe, recipe.lora, config)
         problems += [] if recipe.start_from else ["lora adapts the weights of a run or checkpoint: name it with --from"]
-    if recipe.cadence.checkpoint_every < 1 or recipe.cadence.keep < 1:
-        problems.append("cadence.checkpoint_every and cadence.keep must be at least 1")
     try:
-        precision_policy(recipe.precision.policy, recipe.model.config)
+        precision_policy(recipe.precision.policy, config)
     except UserError as error:
         problems.append(f"precision.policy: {error}")
-    return problems + recipe.stability.problems()
+    return problems
 
 
-def _adapter_problems(lora: Lora, config: DeepseekV4Config) -> list[str]:
-    """Matrices that are not there, or too small for the rank."""
+def _adapter_problems(recipe: Recipe, lora: Lora, config: DeepseekV4Config) -> list[str]:
+    """Matrices that are not there, or too small for the rank; stages that no adapter trains in."""
     try:
         adapted.shapes(lora, config)
     except UserError as error:
         return [str(error)]
-    return []
+    trained = jax.tree.leaves(adapted.facts(lora, config)["lora"])
+    if not config.has_indexer or any(fact.role == "indexer" for fact in trained):
+        return []
+    return [
+        f"stages.{i} ({stage.name}): it trains the indexers alone, and lora has no adapters on them: leave it out with "
+        f"--set stages.{stage.name}=null, or add 'indexer' to lora.targets"
+        for i, stage in enumerate(recipe.stages)
+        if stage.kind == "indexer_warmup"
+    ]

@@ -45,7 +45,8 @@ def recipe_from_json(cls: type[T], data: Mapping[str, Any], base: T | None = Non
 def set_values(recipe: T, settings: Sequence[str]) -> T:
     """A copy with settings such as `"learning_rate.peak=1e-3"`, `"stages.0.steps=100"`, `"model.hidden_size=128"`.
 
-    Values are read as JSON, and as plain text where they are none. Stages go by number or by name.
+    Values are read as JSON, and as plain text where they are none. Stages go by number or by name; `"stages.NAME=null"`
+    leaves one out, and an object changes what it names.
     """
     for setting in settings:
         path, sign, text = setting.partition("=")
@@ -66,7 +67,11 @@ def _with(node: Any, path: Sequence[str], value: Any, whole: str) -> Any:
     name, *rest = path
     if isinstance(node, tuple):
         index = _index(node, name, whole)
-        changed = _with(node[index], rest, value, whole) if rest else value
+        if not rest and value is None:
+            return (*node[:index], *node[index + 1 :])
+        changed = (
+            _with(node[index], rest, value, whole) if rest else _read(type(node[index]), value, whole, node[index])
+        )
         return (*node[:index], changed, *node[index + 1 :])
     if isinstance(node, Mapping):  # options of a task
         if rest:
@@ -80,6 +85,11 @@ def _with(node: Any, path: Sequence[str], value: Any, whole: str) -> Any:
         known = [*hints, *(FIELDS if "overrides" in hints else ())]
         raise ValueError(f"there is no setting {whole!r}{nearest(name, known)}: here are {', '.join(hints)}")
     inside = getattr(node, name)
+    if rest and inside is None and any(map(dataclasses.is_dataclass, typing.get_args(hints[name]))):
+        for key in reversed(rest):
+            value = {key: value}
+        written = f"{'.'.join(whole.split('.')[: -len(rest)])}={json.dumps(value)}"
+        raise ValueError(f"{whole!r}: {name} is not set; set it as a whole: --set {written!r}")
     if rest and not (dataclasses.is_dataclass(inside) or isinstance(inside, tuple | Mapping)):
         raise ValueError(f"{whole!r}: {name} is a single value")
     changed = _with(inside, rest, value, whole) if rest else _read(hints[name], value, whole, None)
@@ -87,7 +97,7 @@ def _with(node: Any, path: Sequence[str], value: Any, whole: str) -> Any:
 
 
 def _index(items: tuple[Any, ...], name: str, whole: str) -> int:
-    names = [str(i) for i in range(len(items))] + [item.name for item in items]
+    names = [str(i) for i in range(len(items))] + [getattr(item, "name", item) for item in items]
     if name not in names:
         raise ValueError(f"there is no setting {whole!r}{nearest(name, names)}: {name!r} is none of {', '.join(names)}")
     return names.index(name) % len(items)

@@ -153,7 +153,8 @@ class Cadence:
         keep: checkpoints that stay.
         eval_every: steps between evaluations on held-out text; there is one at the end too. 0: only at the end.
         eval_documents: held-out documents of the evaluations between.
-        final_documents: held-out documents of the last evaluation, which `xz` compresses as well; None: all.
+        final_documents: held-out documents of the last evaluation, which `xz` compresses as well; None: all, or the
+            first that fill four million tokens of rows or 64 rows (`train.report.final_documents`).
         eval_batch_size: rows of an evaluation batch; on a mesh more, if its devices cannot share so many evenly.
         recall_rows: recall documents, or rows of the task, of an evaluation (the last takes four times as many); 0
             evaluates no recall.

@@ -11,12 +11,13 @@ from dsv4_jax.inference.generate import generate
 from dsv4_jax.inference.requests import GenerateOptions
 from dsv4_jax.layer_plan import BASELINE_KINDS
 from sharding.distributed import from_first, whole_on_host
-from train.data.pipeline import xz_bits_per_byte
+from train.data.pipeline import documents_within, xz_bits_per_byte
 from train.data.retrieval import RecallTask
 from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
 from train.metrics import HELDOUT, MetricsWriter, read_metrics
 from train.plots import plot_curves
+from train.recipe import Recipe
 from train.run_data import Source, recall_task
 from train.task_plots import draw_task
 from train.task_report import MEASURES, describe_task, final_task
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from train.loop import Evaluators, Run
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 80
+FINAL_TOKENS, FINAL_ROWS = 4 << 20, 64  # of a last evaluation, whichever is more, unless the recipe says otherwise
 GATHERED_BYTES = 8 << 30  # of parameters that are brought together for the sample
 
 
@@ -50,13 +52,17 @@ def finish(run: Run, store: Source, params: Any, evaluators: Evaluators) -> dict
 
 
 def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) -> dict[str, Any]:
-    """Bits per byte beside those of `xz -9`, the indexer's recall, recall beyond the window by distance and phase."""
+    """Bits per byte beside those of `xz -9`, the indexer's recall, recall beyond the window by distance and phase.
+
+    "heldout_documents" is how many documents these are of, "heldout_of" how many there are.
+    """
     recipe, last = run.recipe, run.recipe.stages[-1]
     attention = "sparse" if last.kind == "sparse" else "dense"
-    documents, evaluator = recipe.cadence.final_documents, evaluators.at(last.sequence_length)
+    documents, evaluator = final_documents(recipe, store), evaluators.at(last.sequence_length)
     found: dict[str, Any] = evaluator.heldout(params, attention, documents)
+    found |= {"heldout_documents": documents, "heldout_of": len(store.heldout_documents)}
     if store.answers is None:
-        found["xz_bpb"] = xz_bits_per_byte(store.heldout_bytes(documents))
+        found["xz_bpb"] = from_first(lambda: xz_bits_per_byte(store.heldout_bytes(documents)))
     if attention == "sparse" and run.config.has_indexer:
         found |= evaluator.index_recall(params, recipe.cadence.eval_documents)
     if recipe.recall_rows:
@@ -66,6 +72,14 @@ def measure(run: Run, store: TokenStore, params: Any, evaluators: Evaluators) ->
         found["retrieval_by_distance"] = score.by_distance(_edges(task, last.sequence_length))
         found["retrieval_by_phase"] = score.by_phase()
     return found
+
+
+def final_documents(recipe: Recipe, store: TokenStore) -> int:
+    """How many held-out documents the last evaluation scores: it must not grow with the corpus."""
+    length, chosen = recipe.stages[-1].sequence_length, recipe.cadence.final_documents
+    if chosen is None:
+        chosen = documents_within(store, length, max(FINAL_TOKENS // length, FINAL_ROWS))
+    return min(chosen, len(store.heldout_documents))
 
 
 def sample_for_all(run: Run, store: TokenStore, params: Any) -> dict[str, str]:
@@ -95,7 +109,7 @@ def heldout_sample(run: Run, store: TokenStore, params: Any) -> tuple[str, str]:
 
 def describe(run: Run, summary: dict[str, Any]) -> str:
     """The summary for a person."""
-    lines = ["", _heldout(summary)]
+    lines = ["", measured_line(summary)]
     if "index_recall" in summary:
         lines.append(f"indexer: its choice holds {summary['index_recall']:.1%} of the dense attention's mass")
     if "retrieval_accuracy" in summary:
@@ -115,12 +129,15 @@ def describe(run: Run, summary: dict[str, Any]) -> str:
     return "\n".join([*lines, f"go on with: dsv4 generate {run.folder.root} --prompt 'def main():'"])
 
 
-def _heldout(summary: dict[str, Any]) -> str:
+def measured_line(summary: dict[str, Any]) -> str:
+    """What it learned, of how much held-out text."""
+    scored, there = summary["heldout_documents"], summary["heldout_of"]
+    which = "" if scored == there else f" (the first {scored:,} of {there:,} documents)"
     if "heldout_answers" in summary:
-        return f"held-out conversations: {summary['heldout_answers']:.3f} nats per token of the assistant"
+        return f"held-out conversations{which}: {summary['heldout_answers']:.3f} nats per token of the assistant"
     bpb, xz = summary["heldout_bpb"], summary["xz_bpb"]
     better = f"{'the model is better' if bpb < xz else 'xz is better'} by {abs(1 - bpb / xz):.0%}"
-    return f"held-out text: {bpb:.3f} bits per byte; xz -9 on the same text: {xz:.3f} ({better})"
+    return f"held-out text{which}: {bpb:.3f} bits per byte; xz -9 on the same text: {xz:.3f} ({better})"
 
 
 def _edges(task: RecallTask, length: int) -> list[int]:

@@ -1,7 +1,7 @@
 """What changes while a model trains, as data: learning rate, batch size, sequence length, attention, MTP weight.
 
-The learning rate is an optax schedule of the step, because it acts inside the compiled step. Everything else is a
-plain function of the tokens seen, which the loop reads between steps.
+The learning rate is an optax schedule of the step, because it acts inside the compiled step. Everything else is counted
+in tokens, as the report counts; `train.recipes.report` makes stages of steps of it.
 Source: DeepSeek-V4 report 4.2.2.
 """
 
@@ -22,8 +22,8 @@ TRILLION = 10**12
 
 
 @dataclass(frozen=True)
-class Stage(Generic[T]):
-    """A value that holds from `start` tokens on, until the next stage."""
+class Phase(Generic[T]):
+    """A value that holds from `start` tokens on, until the next one."""
 
     start: int
     value: T
@@ -39,9 +39,9 @@ class Schedule:
         peak: learning rate from the end of the warm-up to the start of the decay.
         floor: learning rate at the end of the run, and after it.
         decay_start: tokens seen when the cosine tail starts and the MTP weight falls.
-        batch_tokens: tokens in a batch, by stages.
-        sequence_length: by stages.
-        attention: "dense" over all visible entries, "indexer" (trains the indexer alone), or "sparse", by stages.
+        batch_tokens: tokens in a batch, by phases.
+        sequence_length: by phases.
+        attention: "dense" over all visible entries, "indexer" (trains the indexer alone), or "sparse", by phases.
         mtp_weights: weight of the MTP loss before and from the start of the decay.
     """
 
@@ -50,20 +50,20 @@ class Schedule:
     peak: float
     floor: float
     decay_start: int
-    batch_tokens: tuple[Stage[int], ...]
-    sequence_length: tuple[Stage[int], ...]
-    attention: tuple[Stage[Attention], ...] = (Stage(0, "sparse"),)
+    batch_tokens: tuple[Phase[int], ...]
+    sequence_length: tuple[Phase[int], ...]
+    attention: tuple[Phase[Attention], ...] = (Phase(0, "sparse"),)
     mtp_weights: tuple[float, float] = (0.3, 0.1)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for stages or a decay that cannot be."""
+        """Raises ValueError for phases or a decay that cannot be."""
         for name in ("batch_tokens", "sequence_length", "attention"):
-            _check_stages(name, getattr(self, name))
+            _check_phases(name, getattr(self, name))
         if not 0 <= self.decay_start < self.total_tokens:
             raise ValueError(f"decay_start {self.decay_start} must lie in the run's {self.total_tokens} tokens.")
-        for stage in self.batch_tokens:
-            if stage.value <= 0:
-                raise ValueError(f"batch_tokens must be positive, but is {stage.value} from token {stage.start}.")
+        for phase in self.batch_tokens:
+            if phase.value <= 0:
+                raise ValueError(f"batch_tokens must be positive, but is {phase.value} from token {phase.start}.")
 
 
 @dataclass(frozen=True)
@@ -111,27 +111,15 @@ def warmup_constant_cosine(
     return optax.join_schedules([warmup, constant, cosine], [warmup_steps, decay_start])
 
 
-def learning_rate(schedule: Schedule) -> optax.Schedule:
-    """The run's learning rate by optimizer step, its token counts turned into steps through the batch ramp."""
-    decay_start = steps_until(schedule, schedule.decay_start)
-    total = steps_until(schedule, schedule.total_tokens)
-    return warmup_constant_cosine(schedule.peak, schedule.floor, schedule.warmup_steps, decay_start, total)
-
-
-def value_at(stages: Sequence[Stage[T]], tokens_seen: int) -> T:
+def value_at(phases: Sequence[Phase[T]], tokens_seen: int) -> T:
     """The value that holds once `tokens_seen` tokens have been trained on."""
-    return next(stage.value for stage in reversed(stages) if stage.start <= tokens_seen)
+    return next(phase.value for phase in reversed(phases) if phase.start <= tokens_seen)
 
 
 def batch_size_at(schedule: Schedule, tokens_seen: int) -> int:
-    """Sequences in the next batch: the tokens of the batch stage over the sequence length, at least one."""
+    """Sequences in the next batch: the tokens of the batch phase over the sequence length, at least one."""
     length = value_at(schedule.sequence_length, tokens_seen)
     return max(1, value_at(schedule.batch_tokens, tokens_seen) // length)
-
-
-def mtp_weight_at(schedule: Schedule, tokens_seen: int) -> float:
-    """Weight of the MTP loss of the next batch."""
-    return schedule.mtp_weights[tokens_seen >= schedule.decay_start]
 
 
 def tokens_per_step_at(schedule: Schedule, tokens_seen: int) -> int:
@@ -148,37 +136,27 @@ def steps_until(schedule: Schedule, tokens: int) -> int:
     return step
 
 
-def tokens_at(schedule: Schedule, step: int) -> int:
-    """Tokens seen after `step` optimizer steps."""
-    seen = 0
-    while step > 0:
-        change = _next_change(schedule, seen, None)
-        count = step if change is None else min(step, _batches_until(seen, change, schedule))
-        step, seen = step - count, seen + count * tokens_per_step_at(schedule, seen)
-    return seen
-
-
-def batch_ramp(first: int, last: int, tokens: int, pieces: int) -> tuple[Stage[int], ...]:
-    """Batch stages in `pieces` equal steps from `first` to `last`, which holds from `tokens` on.
+def batch_ramp(first: int, last: int, tokens: int, pieces: int) -> tuple[Phase[int], ...]:
+    """Batch phases in `pieces` equal steps from `first` to `last`, which holds from `tokens` on.
 
     Every batch size is a compiled train step of its own, so a ramp has few of them.
     """
-    return tuple(Stage(tokens * i // pieces, first + (last - first) * i // pieces) for i in range(pieces + 1))
+    return tuple(Phase(tokens * i // pieces, first + (last - first) * i // pieces) for i in range(pieces + 1))
 
 
 def _batches_until(seen: int, tokens: int, schedule: Schedule) -> int:
     return -(-(tokens - seen) // tokens_per_step_at(schedule, seen))
 
 
-def _next_change(schedule: Schedule, seen: int, otherwise: T) -> int | T:
+def _next_change(schedule: Schedule, seen: int, otherwise: int) -> int:
     starts = [s.start for s in (*schedule.batch_tokens, *schedule.sequence_length) if s.start > seen]
     return min(starts, default=otherwise)
 
 
-def _check_stages(name: str, stages: Sequence[Stage[object]]) -> None:
-    starts = [stage.start for stage in stages]
+def _check_phases(name: str, phases: Sequence[Phase[object]]) -> None:
+    starts = [phase.start for phase in phases]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-        raise ValueError(f"{name} must have stages that start at token 0 and then rise, but they start at {starts}.")
+        raise ValueError(f"{name} must have phases that start at token 0 and then rise, but they start at {starts}.")
 
 
 def _report_schedule(tokens: int, batch: int, peak: float, floor: float) -> Schedule:
@@ -197,12 +175,12 @@ def _report_schedule(tokens: int, batch: int, peak: float, floor: float) -> Sche
         decay_start=tokens * 8 // 10,
         batch_tokens=batch_ramp(batch // 8, batch, 500 * BILLION, 7),
         sequence_length=(
-            Stage(0, 4096),
-            Stage(500 * BILLION, 16384),
-            Stage(TRILLION, 65536),
-            Stage(tokens * 9 // 10, 1048576),
+            Phase(0, 4096),
+            Phase(500 * BILLION, 16384),
+            Phase(TRILLION, 65536),
+            Phase(tokens * 9 // 10, 1048576),
         ),
-        attention=(Stage(0, "dense"), Stage(TRILLION, "indexer"), Stage(TRILLION + 10 * BILLION, "sparse")),
+        attention=(Phase(0, "dense"), Phase(TRILLION, "indexer"), Phase(TRILLION + 10 * BILLION, "sparse")),
     )
 
 

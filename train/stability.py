@@ -31,7 +31,7 @@ class Stability:
     """What counts as a loss spike, and what is done about it. The numbers are ours: the report names none.
 
     Attributes:
-        skipped_in_a_row: the run stops after so many steps in a row whose loss or gradients are not finite.
+        skipped_in_a_row: the run stops after so many steps in a row whose loss, gradients or updates are not finite.
         spike_threshold: a loss is high when it exceeds the median of the last losses by so many robust standard
             deviations. 0 looks for no spikes.
         spike_window: how many losses are the last ones; nothing is judged before there are so many in a stage.
@@ -48,13 +48,6 @@ class Stability:
     rollback_steps: int = 10
     anticipatory_steps: int = 200
     anticipatory_delay: int = 4
-
-    def problems(self) -> list[str]:
-        """What is wrong with the numbers, in words."""
-        least = {"skipped_in_a_row": 1, "spike_threshold": 0, "spike_window": 4, "spike_steps": 1}
-        least |= {"rollback_steps": 1, "anticipatory_steps": 0, "anticipatory_delay": 0}
-        found = asdict(self)
-        return [f"stability.{n} is {found[n]}; at least {low} is needed" for n, low in least.items() if found[n] < low]
 
 
 @dataclass(frozen=True)
@@ -198,6 +191,8 @@ class Watch:
             return
         self.skipped += 1
         found = f"loss {loss:g}, gradient norm {float(metrics['grad_norm']):g}"
+        sizes = {name: float(value) for name, value in metrics.items() if name.startswith("update_rms_")}
+        found += "".join(f", {name} {size:g}" for name, size in sizes.items() if not math.isfinite(size))
         limit = self.settings.skipped_in_a_row
         if self.skipped < limit:
             self.say(

@@ -124,17 +124,17 @@ class StageRun:
             UnstableError, DataSourceError, DiskError, CheckpointError, Terminated: see there.
         """
         recipe, first = self.shared.recipe, int(state.step)
-        stage = recipe.stages[index]
+        stage, end = recipe.stages[index], start + recipe.stages[index].steps
         step, lines = self.programs.step(stage, state), _Lines(self, index, start)
         anticipation: Anticipation | None = None
         if first == start:
             self.watch.begin_stage()
-        for done in range(first + 1, start + stage.steps + 1):
+        for done in range(first + 1, end + 1):
             anticipating = self.watch.anticipates(done) and bool(learned_blocks(self.shared.config))
             if not anticipating:
                 anticipation = None
             elif anticipation is None:
-                anticipation = self.anticipation(done, state, stage, start + stage.steps)
+                anticipation = self.anticipation(done, state, stage, end)
             try:
                 with self.shared.phase("training"), jax.profiler.StepTraceAnnotation("train", step_num=done):
                     if anticipation is None:
@@ -144,25 +144,35 @@ class StageRun:
                     undo = self.to_undo(lines.push(done, metrics))
             except DataSourceError as error:
                 raise self.saved_before(error, done - 1, state, batches, lines, anticipation) from error
-            last, asked = done == recipe.steps, self.termination.asked()
-            looks = _due(done, recipe.cadence.eval_every) and not last
-            saves = _due(done, recipe.cadence.checkpoint_every) or last or asked
-            if undo is None and (looks or saves or done == start + stage.steps):
-                with self.shared.phase("training"):
-                    undo = self.to_undo(lines.flush())
+            undo = undo or self.after_step(done, state, batches, lines, anticipation)
             if undo is not None:
                 return state, undo
-            if looks:
-                self.evaluate(done, state, stage)
-            if saves:
-                self.save(done, state, batches, anticipation)
-            if asked:
-                self.checkpoints.wait()
-                self.shared.say(f"SIGTERM: saved step {done:,}. The same command goes on from there")
-                raise Terminated
-            if lines.held is None:
-                lines.meter.pause()
         return state, None
+
+    def after_step(
+        self, done: int, state: TrainState, batches: ReadAhead, lines: _Lines, anticipation: Anticipation | None
+    ) -> Undo | None:
+        """Looks, saves and stops where step `done` is due for it, once its own line is logged and shows no spike."""
+        recipe, stage, asked = self.shared.recipe, lines.stage, self.termination.asked()
+        last, ends = done == recipe.steps, done == lines.start + stage.steps
+        looks = _due(done, recipe.cadence.eval_every) and not last
+        saves = _due(done, recipe.cadence.checkpoint_every) or last or asked
+        if not (looks or saves or ends):
+            return None
+        with self.shared.phase("training"):
+            undo = self.to_undo(lines.flush())
+        if undo is not None:
+            return undo
+        if looks:
+            self.evaluate(done, state, stage)
+        if saves:
+            self.save(done, state, batches, anticipation)
+        if asked:
+            self.checkpoints.wait()
+            self.shared.say(f"SIGTERM: saved step {done:,}. The same command goes on from there")
+            raise Terminated
+        lines.meter.pause()
+        return None
 
     def to_devices(self, stage: Stage, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """What a step reads of a batch, where it reads it."""

@@ -21,7 +21,7 @@ from dsv4_jax.segments import learned_choices
 from sharding.partition import MeshPartition
 from train import adapted
 from train.losses import OBJECTIVES, Batch, LossWeights, Objective, Parts, batch_totals, learned_blocks, training_loss
-from train.optimizer import OptimizerConfig, make_optimizer, update_rms
+from train.optimizer import OptimizerConfig, at_step, make_optimizer, update_rms
 from train.placement import Placement
 from train.spread_muon import SpreadMuon
 from train.state import TrainState, add_updates, init_state, join, move_router_biases, split
@@ -150,9 +150,9 @@ def make_train_step(plan: StepPlan, kind: Kind, microbatches: int = 1) -> Callab
     count of tokens. Metrics are float32 scalars; `StepPlan.init` gives the first state. With "expert_ids" (see
     `make_router`) the learned routers use those experts instead of their own choice.
 
-    Where the loss or the norm of the gradients is not finite, the returned parameters and optimizer state are the old
-    ones, bit by bit, and "skipped" is 1. Only `state.step` moves, so that the run and its data go on; the learning
-    rate follows the optimizer's own count of the steps that it took.
+    Where the loss, the norm of the gradients or the size of the updates is not finite, the returned parameters and
+    optimizer state are the old ones, bit by bit, and "skipped" is 1. Only `state.step` moves, so that the run and its
+    data go on, and with them the learning rate; the optimizer's moments count the steps that they took.
     """
     placed: dict[str, Any] = {}
     if plan.placement.mesh_partition is not None:
@@ -202,7 +202,7 @@ def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState,
     gradients, parts = batch_gradients(plan, objective, microbatches, state.params, batch, mtp_weight)
     with jax.named_scope("optimizer"):
         full = plan.placement.stored(join(gradients, jax.tree.map(jnp.zeros_like, state.params)))
-        updates, optimizer = plan.transformation(kind).update(full, state.optimizer, state.params)
+        updates, optimizer = plan.transformation(kind).update(full, at_step(state.optimizer, state.step), state.params)
         params = add_updates(state.params, updates, facts)
     if objective.language and plan.lora is None:
         params = move_router_biases(plan.config, params, parts["load"], plan.weights.bias_speed)
@@ -211,8 +211,9 @@ def train_step(plan: StepPlan, kind: Kind, microbatches: int, state: TrainState,
         metrics.pop("index_recall", None)  # 1 by construction; an evaluation with dense attention measures it
     metrics |= {"lr": jnp.asarray(plan.learning_rate(state.step), jnp.float32)}
     metrics |= {"grad_norm": optax.tree.norm(gradients)}
-    metrics |= {f"update_rms_{name}": value for name, value in update_rms(updates, facts).items()}
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    moved = {f"update_rms_{name}": value for name, value in update_rms(updates, facts).items()}
+    metrics |= moved
+    finite = jnp.isfinite(jnp.stack([metrics["loss"], metrics["grad_norm"], *moved.values()])).all()
     metrics |= {"skipped": 1 - finite.astype(jnp.float32)}
     after = TrainState(state.step + 1, params, optimizer, state.key)
     return jax.tree.map(partial(jnp.where, finite), after, state._replace(step=after.step)), metrics

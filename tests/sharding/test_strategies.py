@@ -36,9 +36,11 @@ MESHES = [
 
 
 def batch(config=CONFIG, rows=ROWS, length=LENGTH, documents=4):
+    """Packed documents; a third of the last row is padding."""
     rng = np.random.default_rng(1)
     ends = np.sort(rng.integers(1, length, (rows, documents - 1)), axis=1)
     segments = 1 + (np.arange(length) >= ends[..., None]).sum(1)
+    segments[-1, 2 * length // 3 :] = 0
     tokens = rng.integers(0, config.vocab_size, (rows, length))
     return {
         "tokens": tokens.astype(np.int32),

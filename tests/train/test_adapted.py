@@ -18,8 +18,11 @@ from dsv4_jax.shapes import flatten
 from dsv4_jax.tokenizer import ByteTokenizer
 from train import adapted
 from train.checkpointing import Checkpoints
+from train.data.tasks.rows import TaskSource
+from train.loop import Evaluators, Run
 from train.losses import OBJECTIVES
 from train.recipe import RecipeError, find_recipe
+from train.run_folder import RunFolder
 from train.schedule import warmup_constant_cosine
 from train.step import StepPlan, batch_gradients, make_train_step
 
@@ -93,6 +96,21 @@ def test_a_recipe_says_what_it_lacks():
         find_recipe("nano", ['lora={"rank": 4}']).check()
     with pytest.raises(RecipeError, match="lora.rank 999 is no low rank for "):
         find_recipe("nano", ['lora={"rank": 999}']).check()
+    with pytest.raises(RecipeError, match=r"stages.1 \(indexer\): it trains the indexers alone.*stages.indexer=null"):
+        find_recipe("nano", ["lora={}", "start_from=base"]).check()
+    for setting in ("stages.indexer=null", 'lora.targets=["attn", "indexer"]'):
+        find_recipe("nano", ['lora={"rank": 2}', "start_from=base", setting]).check()
     assert "at equal streams the maps are those of pretraining" in adapted.describe(LORA, TINY)
     moving = dataclasses.replace(LORA, streams="adapted")
     assert "they move" in adapted.describe(moving, TINY)
+
+
+def test_runs_with_other_adapters_do_not_share_an_evaluator(tmp_path):
+    """Its program holds the scale of the adapters."""
+    made = {}
+    for setting in ("rank=2", "rank=3", "alpha=4", "rank=2"):
+        name, value = setting.split("=")
+        recipe = find_recipe("recall", [f'lora={{"{name}": {value}}}'])
+        run = Run(recipe, recipe.model.config, RunFolder(tmp_path), compiled=made)
+        Evaluators(run, TaskSource("mqar")).at(128)
+    assert len(made) == 3

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsv4_jax.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, ByteTokenizer
 from train.data.manifest import Manifest
 from train.data.packing import FirstFit, shuffled
-from train.data.pipeline import BatchConfig, Rows, TrainBatches, bits_per_byte, heldout_batches
+from train.data.pipeline import BatchConfig, Rows, TrainBatches, bits_per_byte, documents_within, heldout_batches
 from train.data.retrieval import RecallTask
 from train.data.tokens import TokenStore
 
@@ -275,6 +275,17 @@ def test_heldout_batches_predict_every_token_once():
     expected = [i for d in STORE.heldout_documents for i in STORE.document(d)[1:].tolist()]
     assert predicted == expected
     assert STORE.tokenizer.token_bytes()[predicted].sum() == len(STORE.heldout_bytes())
+
+
+def test_documents_are_counted_by_the_rows_that_they_fill():
+    for rows in range(12):
+        documents = documents_within(STORE, 16, rows)
+        assert 1 <= documents <= len(STORE.heldout_documents)
+        filled = [len(list(heldout_batches(STORE, 16, 1, documents=n))) for n in (documents, documents + 1)]
+        assert filled[0] <= rows or documents == 1
+        assert filled[1] > rows or documents == len(STORE.heldout_documents)
+        assert STORE.heldout_size(documents) == len(STORE.heldout_bytes(documents))
+    assert STORE.heldout_size() == len(STORE.heldout_bytes())
 
 
 def test_a_uniform_byte_model_needs_eight_bits_per_byte():

@@ -88,6 +88,7 @@ def test_a_run_leaves_its_log_pictures_and_summary(finished):
     assert json.loads((folder / "summary.json").read_text())["heldout_bpb"] == summary["heldout_bpb"]
     assert {"data", "compilation", "training", "evaluation"} <= set(summary["seconds"])
     assert 0 < summary["index_recall"] <= 1 and 0 <= summary["retrieval_accuracy"] <= 1
+    assert (summary["heldout_documents"], summary["heldout_of"]) == (1, 4)
 
 
 MEASURED = {

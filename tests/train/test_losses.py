@@ -8,6 +8,7 @@ from support import TINY, random_params
 
 from dsv4_jax import model, weights
 from train import losses
+from train.evaluate import scores
 from train.losses import OBJECTIVES, LossWeights, batch_totals, chunked_cross_entropy, shifted_targets, training_loss
 from train.state import join, split
 
@@ -174,14 +175,40 @@ def _call(batch):
     return {"tokens": batch["tokens"], "segment_ids": batch["segment_ids"]}
 
 
-def test_the_index_loss_is_a_mean_over_the_tokens_that_see_an_entry(computed):
+def test_the_index_loss_is_a_mean_over_the_tokens_of_text_that_see_an_entry(computed):
     params, batch, results = computed
     out = jax.jit(lambda p: model.forward(TINY, p, **_call(batch), attention="dense", index_loss=True))(params)
     seen = out.layers[1]["index_loss"]
     kl, counts = np.asarray(seen.kl, np.float64), np.asarray(seen.counts)
+    assert counts[:, -1].all()  # the padding is long enough for an entry, which it sees
+    counts = counts & np.asarray(batch["segment_ids"] != 0)
     assert 0 < counts.sum() < counts.size
     assert batch_totals(TINY, batch).index[0] == counts.sum()
     assert results["indexer_warmup"][0][1]["index_kl"] == pytest.approx(kl[counts].mean(), rel=1e-5)
+
+
+def test_padding_neither_trains_the_indexers_nor_counts_in_their_recall():
+    """As in rows of conversations, or of held-out documents far shorter than a row."""
+    params, batch = random_params(TINY), {name: x[:, :36] for name, x in packed_batch().items()}
+    moved, held = split(params, FACTS, _moves)
+
+    def loss(moved, batch):
+        totals = batch_totals(TINY, batch)
+        return training_loss(TINY, join(moved, held), batch, totals, OBJECTIVES["indexer_warmup"], WEIGHTS, 0.0)
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    evaluate = jax.jit(lambda batch: scores(TINY, model.forward, "dense", params, batch))
+    padded = {name: jnp.pad(x, ((0, 0), (0, 28))) for name, x in batch.items()}
+    (bare, parts), (longer, padded_parts) = run(moved, batch), run(moved, padded)
+    for name in ("index_kl", "index_recall"):
+        assert padded_parts[name] == pytest.approx(float(parts[name]), rel=1e-5), name
+    for (path, expected, fact), got in zip(_with_facts(bare), jax.tree.leaves(longer), strict=True):
+        size = float(jnp.abs(expected).max())
+        assert (size > 0) == (fact.role == "indexer")
+        np.testing.assert_allclose(got, expected, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path))
+    found, padded_found = evaluate(batch), evaluate(padded)
+    assert found["seeing"] == padded_found["seeing"]
+    assert padded_found["recall"] == pytest.approx(float(found["recall"]), rel=1e-5)
 
 
 def test_the_indexer_kl_reaches_every_indexer_parameter_and_nothing_else(computed):

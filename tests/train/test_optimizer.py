@@ -11,7 +11,7 @@ import pytest
 
 from dsv4_jax.facts import Fact
 from train import newton_schulz
-from train.optimizer import OptimizerConfig, make_optimizer, orthogonalize, update_rms
+from train.optimizer import OptimizerConfig, at_step, make_optimizer, orthogonalize, update_rms
 
 FACTS = {
     "embed": Fact(("vocab", "embed"), "adamw", "embed"),
@@ -345,6 +345,18 @@ def test_orbax_saves_and_restores_the_state(tmp_path):
         restored = saver.restore(tmp_path / "state", jax.eval_shape(optimizer.init, tree(1)))
     assert jax.tree.structure(state) == jax.tree.structure(restored)
     jax.tree.map(np.testing.assert_array_equal, state, restored)
+
+
+def test_the_schedule_can_be_ahead_of_the_moments():
+    """After skipped steps: the rate is that of the step, the bias correction that of the gradients seen."""
+    optimizer = make_optimizer(FACTS, lambda step: 1e-2 / (step + 1))
+    params, gradients, state = tree(1), tree(2), optimizer.init(tree(1))
+    first, _ = optimizer.update(gradients, at_step(state, jnp.int32(0)), params)
+    fourth, after = optimizer.update(gradients, at_step(state, jnp.int32(3)), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 4, rtol=1e-6), fourth, first)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    plain, _ = optimizer.update(gradients, state, params)
+    jax.tree.map(np.testing.assert_array_equal, first, plain)
 
 
 def test_muon_fits_a_linear_map():

@@ -89,6 +89,30 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step_counter(step, br
     assert bits(state[1:]) == before
 
 
+def test_the_learning_rate_goes_on_over_skipped_steps(step):
+    """Two runs that have skipped all of their 5 and 7 steps: the same gradients, at the rates of their schedule."""
+    moved = []
+    for done in (5, 7):
+        before = random_params(TINY)
+        after, metrics = step(state_of(before)._replace(step=jnp.int32(done)), a_batch())
+        assert metrics["lr"] == PLAN.learning_rate(done) and metrics["skipped"] == 0
+        moved.append(after.params["embed"] - random_params(TINY)["embed"])
+    rates = float(PLAN.learning_rate(7)) / float(PLAN.learning_rate(5))
+    assert rates < 0.9
+    assert jnp.linalg.norm(moved[1]) / jnp.linalg.norm(moved[0]) == pytest.approx(rates, rel=1e-4)
+
+
+def test_an_update_that_is_not_finite_is_not_applied(step):
+    """From finite gradients: a momentum that has overflowed."""
+    state, _ = step(state_of(random_params(TINY)), a_batch())
+    spoilt = lambda path, x: jnp.full_like(x, jnp.inf) if "momentum" in jax.tree_util.keystr(path) else x  # noqa: E731
+    state = state._replace(optimizer=jax.tree_util.tree_map_with_path(spoilt, state.optimizer))
+    before = bits(state[1:])
+    state, metrics = step(state, a_batch())
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]) and metrics["skipped"] == 1
+    assert bits(state[1:]) == before
+
+
 @pytest.mark.slow
 def test_the_guard_works_on_sharded_parameters():
     """Two devices, a NaN on one of them; in a process of its own, with one block."""
@@ -254,8 +278,14 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_the_step_and_the_chec
         watch.observe(46, metrics_of(np.nan, 1))
 
 
+def test_a_skipped_step_says_what_was_not_finite():
+    watch = watch_of(SETTINGS, said := [])
+    watch.observe(5, metrics_of(2.0, 1) | {"update_rms_muon": np.float32(np.inf), "update_rms_adamw": np.float32(0.2)})
+    assert "(loss 2, gradient norm 2, update_rms_muon inf)" in said[0]
+
+
 def test_settings_that_cannot_work_are_named(home):
-    with pytest.raises(RecipeError, match=r"stability.spike_steps is 0; at least 1(?s:.*)rollback_steps is 0"):
+    with pytest.raises(RecipeError, match=r"stability.spike_steps is 0, at least 1(?s:.*)rollback_steps is 0"):
         find_recipe(home / "tiny.json", ["stability.spike_steps=0", "stability.rollback_steps=0"]).check()
 
 

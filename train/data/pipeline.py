@@ -155,8 +155,8 @@ def heldout_batches(
     """The text of the (first `documents`) held-out documents, each token predicted exactly once.
 
     A document longer than a row is cut; each further piece repeats the last token of the piece before it, so that the
-    next-token targets within the segments are all tokens but BOS, once. Divide the summed loss by the length of
-    `store.heldout_bytes(documents)` (see `bits_per_byte`). All batches are full [batch_size, seq_len]; the rest is
+    next-token targets within the segments are all tokens but BOS, once. Divide the summed loss by
+    `store.heldout_size(documents)` (see `bits_per_byte`). All batches are full [batch_size, seq_len]; the rest is
     padding.
     """
     pieces = [
@@ -173,6 +173,13 @@ def heldout_batches(
             row = {name: array[place] for name, array in batch.items()}
             put(row, 0, 1, store.document(document)[piece], None if answers is None else answers[piece])
         yield batch
+
+
+def documents_within(store: TokenStore, seq_len: int, rows: int) -> int:
+    """How many of the first held-out documents fill no more than so many rows of `heldout_batches`; at least one."""
+    targets = np.maximum(store.lengths[store.heldout_documents] - 1, 1)
+    filled = np.cumsum(-(-targets // (seq_len - 1)))
+    return max(1, int(np.searchsorted(filled, rows, side="right")))
 
 
 def empty_rows(shape: tuple[int, ...], pad_id: int) -> Batch:

@@ -86,6 +86,10 @@ class TokenStore:
         """The very text of the (first `documents`) held-out documents, for comparison with a compressor."""
         return b"".join(self._text_bytes(i) for i in self.heldout_documents[:documents])
 
+    def heldout_size(self, documents: int | None = None) -> int:
+        """The length of `heldout_bytes`, which nothing is decoded for."""
+        return int(self.document_bytes[self.heldout_documents[:documents]].sum())
+
     def _text_bytes(self, index: int) -> bytes:
         return self.tokenizer.decode_bytes(self.document(index)[1:-1].tolist())
 

@@ -33,8 +33,8 @@ def recipe_of(run: PretrainingRun, name: str, about: str) -> Recipe:
 
 def stages_of(schedule: Schedule) -> tuple[Stage, ...]:
     """One stage for each stretch between two changes of batch, sequence length or attention."""
-    changes = {stage.start for part in (schedule.batch_tokens, schedule.sequence_length) for stage in part}
-    changes |= {stage.start for stage in schedule.attention}
+    changes = {phase.start for part in (schedule.batch_tokens, schedule.sequence_length) for phase in part}
+    changes |= {phase.start for phase in schedule.attention}
     bounds = [*sorted(start for start in changes if start < schedule.total_tokens), schedule.total_tokens]
     return tuple(_stage(schedule, a, b) for a, b in zip(bounds, bounds[1:], strict=False))
 

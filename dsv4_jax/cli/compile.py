@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from sharding.targets import Target
 
 DESCRIPTION = """Compile the real step with the real compiler for TPU slices and GPU clusters that are not here: libtpu
-for TPUs, the CUDA plugin for GPUs; `pip install 'dsv4-jax[aot]'` brings both. Prints, per chip: memory and whether it
-fits, FLOPs, bytes of each collective by mesh axis, bounds of the step's time, and what to change first if it does not
-fit.
+for TPUs, the CUDA plugin for GPUs; `pip install -e '.[aot]'` in the project's folder brings both. Prints, per chip:
+memory and whether it fits, FLOPs, bytes of each collective by mesh axis, bounds of the step's time, and what to change
+first if it does not fit.
 
 Examples:
   dsv4 compile nano --target v5e:2x4 --batch 16 --seq 512

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv4_jax.errors import MissingPackageError, UserError
+from dsv4_jax.errors import MissingPackageError, UserError, how_to_install
 from train.data.manifest import Manifest, SourceFile
 
 RECIPE = "1"
@@ -206,4 +206,4 @@ def require(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingPackageError(f"{what} need the package {package}: pip install 'dsv4-jax[data]'") from error
+        raise MissingPackageError(f"{what} need the package {package}: {how_to_install('data')}") from error

@@ -45,6 +45,20 @@ def test_nothing_tells_people_to_install_this_project_from_an_index():
     assert not [path for path in READ if path != Path(__file__) and told.search(path.read_text(encoding="utf-8"))]
 
 
+def anchors(page: Path) -> set[str]:
+    """What `page.md#anchor` may name: the headings, as they are turned into anchors."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [path for path in READ if path.suffix == ".md"], ids=lambda page: page.stem)
+def test_every_link_of_a_guide_leads_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s:]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8")):
+        file = (page.parent / target) if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_of_a_cluster_installs_what_its_text_needs(path, monkeypatch):
     text = path.read_text()

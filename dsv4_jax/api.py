@@ -18,7 +18,7 @@ from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
 from dsv4_jax.layers.kv_cache import Cache, init_cache
 from dsv4_jax.paths import local_path
-from dsv4_jax.presets import preset
+from dsv4_jax.presets import PRESETS, preset
 from dsv4_jax.quantization.storage import FormatName
 from dsv4_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -138,7 +138,7 @@ def load(
     """
     folder = local_path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(f"there is no folder {folder}{_if_preset(folder.name)}")
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
         from dsv4_jax.checkpoint import load_params, read_config
 
@@ -147,6 +147,14 @@ def load(
     else:
         config, params = _load_run(folder, step, shardings)
     return Model(config, jax.tree.map(jnp.asarray, params), _tokenizer(folder))
+
+
+def _if_preset(name: str) -> str:
+    """What to do instead, for a name that is a preset's: people write it where a folder is needed."""
+    if name not in PRESETS:
+        return ""
+    how = "download the release" if name.startswith("v4-") else f"train one with `dsv4 train {name}`"
+    return f": {name} is a preset, an architecture without weights; {how} and name its folder"
 
 
 def _load_run(folder: Path, step: int | None, shardings: Shardings | None) -> tuple[DeepseekV4Config, _model.Params]:

@@ -9,3 +9,8 @@ class UserError(ValueError):
 
 class MissingPackageError(UserError, ImportError):
     """An optional package is needed; the message says how to install it."""
+
+
+def how_to_install(extra: str) -> str:
+    """For a message: the command that brings an optional part of this project, by one of pyproject.toml's extras."""
+    return f"pip install -e '.[{extra}]' in the folder of this project"

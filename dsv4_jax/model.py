@@ -1,7 +1,7 @@
 """DeepSeek-V4, whole: embedding, blocks on n residual streams, head, and the multi-token-prediction module.
 
-Read it top to bottom; the layers it names are one file each in `layers/`. Shapes: B batch, S tokens, D hidden size,
-n residual streams, V vocabulary, L blocks.
+Read it top to bottom; the layers it names are one file each in `layers/`. What the letters of shapes and words like
+"head read" and "record" mean is in `layers/__init__.py`.
 """
 
 from __future__ import annotations
@@ -278,6 +278,7 @@ def _describe(
     cache: Cache | None,
     counts: jax.Array | None,
 ) -> Batch:
+    """The tokens [B, S], which of them count, and where their documents and entries lie."""
     rows, length = tokens.shape
     if cache is None:
         counted = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
@@ -294,4 +295,5 @@ def abstract(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.Module:
 
 
 def _graph(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.GraphDef:
+    """The structure of a block (or of the ends): `nnx.merge` makes a module of it and arrays."""
     return nnx.split(abstract(config, spec))[0]

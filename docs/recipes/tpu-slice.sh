@@ -8,13 +8,13 @@ WHERE=(--project="$PROJECT" --zone="$ZONE")
 
 gcloud compute tpus tpu-vm create "$TPU" "${WHERE[@]}" --accelerator-type=v5p-32 --version=v2-alpha-tpuv5
 
-# On every host: this package, and one folder that all of them see.
+# On every host: this package with the text that `mini` learns from, and one folder that all of them see.
 gcloud compute tpus tpu-vm ssh "$TPU" "${WHERE[@]}" --worker=all --command="
   sudo mkdir -p /shared && sudo mount -t nfs $SHARE /shared"
 gcloud compute tpus tpu-vm scp --recurse . "$TPU":dsv4-jax "${WHERE[@]}" --worker=all
 gcloud compute tpus tpu-vm ssh "$TPU" "${WHERE[@]}" --worker=all --command="
   python3 -m pip install --user uv && python3 -m uv venv --python 3.12 venv
-  python3 -m uv pip install --python venv './dsv4-jax[tpu]'"
+  python3 -m uv pip install --python venv './dsv4-jax[tpu,prose]'"
 
 # The same command on all hosts is one job: JAX asks the metadata server who the others are.
 gcloud compute tpus tpu-vm ssh "$TPU" "${WHERE[@]}" --worker=all --command="

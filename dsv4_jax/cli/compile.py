@@ -17,7 +17,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from dsv4_jax.cli.info import find_config
 from dsv4_jax.cli.plan import parse_tokens
 from dsv4_jax.config import DeepseekV4Config
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from sharding.rules import Strategy
     from sharding.targets import Target
 
-DESCRIPTION = """Compile the real step with the real compiler for TPU slices and GPU clusters that are not here: libtpu
-for TPUs, the CUDA plugin for GPUs; `pip install 'dsv4-jax[aot]'` brings both. Prints, per chip: memory and whether it
-fits, FLOPs, bytes of each collective by mesh axis, bounds of the step's time, and what to change first if it does not
-fit.
+DESCRIPTION = f"""Compile the real step with the real compiler for TPU slices and GPU clusters that are not here: libtpu
+for TPUs, the CUDA plugin for GPUs. To have both: {how_to_install("aot")}.
+Prints, per chip: memory and whether it fits, FLOPs, bytes of each collective by mesh axis, bounds of the step's time,
+and what to change first if it does not fit.
 
 Examples:
   dsv4 compile nano --target v5e:2x4 --batch 16 --seq 512

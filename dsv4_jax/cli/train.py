@@ -24,7 +24,7 @@ Examples:
   dsv4 train mini --data hf:roneneldan/TinyStories
   dsv4 train nano --set learning_rate.peak=2e-3 --set stages.sparse.steps=200
   dsv4 train --recipe my-recipe.json
-  dsv4 train nano --from runs/base --out runs/v4 --set precision.policy=v4
+  dsv4 train nano --from runs/nano --out runs/v4 --set precision.policy=v4
   dsv4 train mini --strategy expert-fsdp --mesh expert=4,fsdp=2
   dsv4 launch -n 2 -- train nano
   dsv4 train mini --show

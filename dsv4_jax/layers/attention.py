@@ -1,4 +1,4 @@
-"""Attention, all kinds: window branch (+) compressed branch (+) sink (report 2.3)."""
+"""Attention, all kinds: a window branch, a compressed branch and a sink, merged by log-sum-exp (report 2.3)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ class Attention(nnx.Module):
     """Shared key-value attention with an optional compressor and an optional indexer."""
 
     def __init__(self, config: DeepseekV4Config, spec: LayerSpec, rngs: nnx.Rngs):
-        """Parameters of spec section 3; matrices are [in, out], `wo_a` holds one matrix per output group."""
+        """Parameters; matrices are [in, out].
+
+        Queries go through a low rank: wq_a [D, rq], q_norm [rq], wq_b [rq, H*K]. wkv [D, K] and kv_norm [K] make one
+        vector per token that is key and value at once, for all heads. attn_sink [H]. Outputs go in o_groups groups G of
+        heads: wo_a [G, H/G*K, o_lora_rank], wo_b [G*o_lora_rank, D].
+        """
         c = self.config = config
         self.spec = spec
         heads, width, groups = c.num_attention_heads, c.head_dim, c.o_groups
@@ -95,18 +100,18 @@ class Attention(nnx.Module):
             kv, past = self._remember(neighbours.before(kv, c.sliding_window), layout, past)
             positions = layout.positions if kv.shape[1] > x.shape[1] else None
             branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale, positions)]
-        record: dict[str, Any] = {}
         entries = choice = operands = None
         blocks = layout.blocks.get(self.spec.ratio)
         if blocks is not None:  # else a sliding layer, or a row shorter than one block
             with jax.named_scope("compress"):
                 entries, past = self._compress(x, blocks, options, past, neighbours)
-            choice, operands, past = self._choose(x, qr, rope, blocks, entries, options, past, neighbours, record)
+            choice, operands, past = self._choose(x, qr, rope, blocks, entries, options, past, neighbours)
             with jax.named_scope("compressed"):
                 if choice is None:
                     branches.append(range_attention(q, entries, blocks.lo, blocks.hi, scale))
                 else:
                     branches.append(gather_attention(q, entries, choice, scale))
+        record: dict[str, Any] = {} if choice is None else {"selected": choice}
         out, lse = merge(branches, self.attn_sink[...])
         if options.index_loss and blocks is not None and isinstance(operands, IndexOperands):
             assert isinstance(entries, jax.Array)
@@ -146,7 +151,6 @@ class Attention(nnx.Module):
         options: AttentionOptions,
         past: LayerCache | None,
         neighbours: Neighbours,
-        record: dict[str, Any],
     ) -> tuple[jax.Array | None, IndexOperands | PagedOperands | None, LayerCache | None]:
         """The chosen entries [B, S, k], or None when all visible ones are attended; index operands; the cache."""
         if self.spec.attention != CSA:
@@ -165,8 +169,7 @@ class Attention(nnx.Module):
                 return None, operands, past
             candidates = CANDIDATES if options.mode == "approximate" else 0
             search = Search(INDEX_SCORE in options.policy.rounding, candidates)
-            record["selected"] = index_topk(operands, blocks.lo, blocks.hi, self.config.index_topk, search)
-            return record["selected"], operands, past
+            return index_topk(operands, blocks.lo, blocks.hi, self.config.index_topk, search), operands, past
 
     def _project(self, out: jax.Array, rope: Rotation, policy: Policy) -> jax.Array:
         """Rotate the heads' outputs [B, S, H, K] back, project each group of heads, then all groups: [B, S, D]."""

@@ -1,6 +1,6 @@
 """Where documents and compressed entries lie in a batch of rows: computed once per forward, used by every layer.
 
-Every document of a packed row is compressed on its own (spec section 8): positions, windows and compression blocks
+Every document of a packed row is compressed on its own: positions, windows and compression blocks
 restart at its first token, and its incomplete tail gives no entry. The entries of a row are numbered in the order of
 their last tokens, so what a query may see is always a contiguous range of entries.
 """

@@ -124,6 +124,8 @@ class MoE(nnx.Module):
         sequence-wise loss), the latter two over the tokens that `counted` [B, S] marks (padding is not counted).
         """
         with jax.named_scope("route"):
+            # `token_values` calls a function of single tokens on every token: [B, S, ..] as [N, ..] and back, and on a
+            # mesh each device on its own tokens. The gate goes in as a plain tree, as arrays must.
             graph, gate = nnx.split(self.gate)
             route = lambda gate, *each: nnx.merge(graph, gate)(*each)  # noqa: E731
             each = (x, tokens) if given is None else (x, tokens, given)

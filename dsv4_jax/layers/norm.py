@@ -14,7 +14,7 @@ from dsv4_jax.quantization.packed import Packed
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last axis, in float32, cast once to x's dtype.
 
-    `weight` is None for the query heads, which are normalised without one (spec section 3).
+    `weight` is None for the query heads, which are normalised without one.
     """
     return _rms_norm(x, jnp.ones(x.shape[-1]) if weight is None else weight, eps)
 

@@ -72,6 +72,15 @@ def test_impossible_requests_end_with_status_2_and_a_sentence(folder, capsys, as
     assert status == 2 and words in err
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"), [("v4-flash", "download the release"), ("mini", "train one with `dsv4 train mini`")]
+)
+def test_the_name_of_a_preset_is_no_model_and_the_error_says_what_to_do(capsys, monkeypatch, tmp_path, name, instead):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, "generate", name, "--prompt", "x")
+    assert status == 2 and f"{name} is a preset, an architecture without weights; {instead}" in err
+
+
 def test_help_shows_examples(capsys):
     for command in ("generate", "chat"):
         with pytest.raises(SystemExit):

@@ -14,7 +14,10 @@ from train.data.manifest import Manifest
 from train.data.packing import FirstFit, shuffled
 from train.data.pipeline import BatchConfig, Rows, TrainBatches, bits_per_byte, documents_within, heldout_batches
 from train.data.retrieval import RecallTask
+from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
+from train.recipe import find_recipe
+from train.run_data import describe_passes
 
 
 def made(sizes, heldout=4) -> TokenStore:
@@ -301,3 +304,18 @@ def test_shuffled_rows_are_the_same_rows_in_another_order_and_the_next_stage_beg
         shuffled = [mixed.row(i)["tokens"].tobytes() for i in numbers]
         assert in_order != shuffled and sorted(in_order) == sorted(shuffled)
     assert mixed.offset(17) == 32 * 32 and plain.offset(17) == 17 * 32
+
+
+def test_a_run_says_how_often_it_reads_its_text_and_warns_where_that_is_often():
+    few, many = (find_recipe("recall", ["data.task=null", f"stages.dense.steps={n}"]) for n in (0, 10_000))
+    few = dataclasses.replace(few, stages=few.stages[:1])
+    text = int(STORE.lengths[STORE.train_documents].sum())
+    [told] = describe_passes(few, STORE)
+    assert told == f"0 tokens asked for, {text:,} in the text to train on: 0 passes over the text"
+    told, warning = describe_passes(many, STORE)
+    passes = f"{many.tokens / text:,.0f} passes over"
+    assert f"{many.tokens:,} tokens asked for" in told and f"{passes} the text" in told
+    assert warning.startswith(f"warning: {passes} one text") and "--data" in warning
+    half = dataclasses.replace(many, data=dataclasses.replace(many.data, recall_share=0.5))  # made rows are no text
+    assert f"{many.tokens / text / 2:,.0f} passes over" in describe_passes(half, STORE)[0]
+    assert not describe_passes(find_recipe("recall"), TaskSource("mqar", True))

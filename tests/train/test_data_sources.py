@@ -56,7 +56,7 @@ def test_the_prose_corpus_is_the_published_one():
 
 def test_prose_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"dsv4-jax\[prose\]"):
+    with pytest.raises(ImportError, match=r"\.\[prose\]"):
         resolve("prose")
 
 
@@ -96,7 +96,7 @@ def test_parquet_and_saved_datasets_are_read_through_their_packages(tmp_path, mo
     (saved / "dataset_dict.json").write_text("{}")
     assert texts(resolve(str(tmp_path / "x.parquet"))) == texts(resolve(str(saved))) == [row["text"] for row in rows]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"datasets need the package datasets: pip install 'dsv4-jax\[data\]'"):
+    with pytest.raises(ImportError, match=r"datasets need the package datasets: pip install -e '\.\[data\]'"):
         texts(resolve(str(saved)))
 
 
@@ -130,7 +130,7 @@ def test_a_dataset_is_loaded_by_its_name(tmp_path, monkeypatch):
 
 def test_a_dataset_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'dsv4-jax\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[data\]'"):
         resolve("hf:some/name")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dsv4_jax.errors import MissingPackageError, UserError
+from dsv4_jax.errors import MissingPackageError, UserError, how_to_install
 from dsv4_jax.paths import local_path
 from train.data.manifest import Manifest, source_files
 
@@ -248,4 +248,4 @@ def require(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingPackageError(f"{what} need the package {package}: pip install 'dsv4-jax[data]'") from error
+        raise MissingPackageError(f"{what} need the package {package}: {how_to_install('data')}") from error

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dsv4_jax.errors import MissingPackageError
+from dsv4_jax.errors import MissingPackageError, how_to_install
 from train.data.manifest import Manifest, SourceFile
 
 RECIPE = "1"
@@ -31,7 +31,8 @@ def prose_corpus() -> tuple[Manifest, Callable[[], list[tuple[str, str]]]]:
     """
     spec = importlib.util.find_spec("botocore")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError("--data prose reads the documentation inside botocore: pip install 'dsv4-jax[prose]'")
+        missing = "--data prose reads the documentation inside botocore, which is not installed"
+        raise MissingPackageError(f"{missing}: {how_to_install('prose')}")
     root = Path(spec.submodule_search_locations[0]) / "data"
     paths = sorted(root.rglob("service-2.json*"), key=Path.as_posix)
     files = tuple(SourceFile.of(path.relative_to(root).as_posix(), path) for path in paths)

@@ -1,4 +1,4 @@
-"""The loss that teaches the indexer: KL from the attention's own distribution to the index scores' (training spec)."""
+"""The loss that teaches the indexer: KL from the attention's own distribution to the index scores'."""
 
 from __future__ import annotations
 

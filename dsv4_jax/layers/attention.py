@@ -97,7 +97,7 @@ class Attention(nnx.Module):
             branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale, positions)]
         record: dict[str, Any] = {}
         entries = choice = operands = None
-        blocks = layout.blocks.get(self.spec.ratio)
+        blocks = layout.blocks.get(self.spec.compression)
         if blocks is not None:  # else a sliding layer, or a row shorter than one block
             with jax.named_scope("compress"):
                 entries, past = self._compress(x, blocks, options, past, neighbours)

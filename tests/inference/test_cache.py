@@ -154,6 +154,14 @@ def test_dense_attention_decodes_as_it_trains(tiny):
     assert np.abs(dense - sparse).max() > 1e-2
 
 
+def test_both_kinds_of_compression_may_have_one_ratio():
+    """CSA's blocks overlap and HCA's do not: entries of one ratio are not made of the same tokens."""
+    config = TINY.replace(compress_ratios=(0, 4, 4, 0), layer_types=TINY.layer_types)
+    params, tokens = random_params(config), random_tokens()
+    whole = jax.jit(lambda p, t: model.forward(config, p, t).logits)(params, tokens)
+    close(in_chunks(stepper(config), params, tokens, kv_cache.init_cache(config, 2, 41), 8)[0], whole)
+
+
 def test_mistake_8_turns_of_any_length_add_up_to_one_forward(tiny):
     params, tokens, logits, _ = tiny
     cache, at = kv_cache.init_cache(TINY, 2, 41), 0

@@ -16,6 +16,7 @@ from dsv4_jax import weights
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import config_from_json
 from dsv4_jax.errors import UserError
+from dsv4_jax.inference.requests import GenerateOptions, token_ids
 from dsv4_jax.layers.kv_cache import Cache, init_cache
 from dsv4_jax.paths import local_path
 from dsv4_jax.presets import PRESETS, preset
@@ -30,6 +31,7 @@ Shardings = Callable[[DeepseekV4Config], Any]
 _ARRAYS = ("params", "tokens", "segment_ids", "expert_ids", "cache", "counts")
 _STATIC = tuple(name for name in inspect.signature(_model.forward).parameters if name not in _ARRAYS)
 _compiled_forward = jax.jit(_model.forward, static_argnames=_STATIC)
+_compiled_in_place = jax.jit(_model.forward, static_argnames=_STATIC, donate_argnames="cache")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +51,32 @@ class Model:
     params: _model.Params
     tokenizer: Tokenizer | None = None
 
-    def forward(self, params: _model.Params, tokens: jax.Array, *, cache: Cache | None = None, **options: Any) -> Any:
+    def forward(
+        self, params: _model.Params, tokens: Any, *, cache: Cache | None = None, donate: bool = False, **options: Any
+    ) -> Any:
         """`dsv4_jax.model.forward` for this config: tokens int32 [B, S] -> `.logits` [B, S, V] float32 and more.
 
         With a `cache` the tokens follow what it holds, and the result is (output, cache with these tokens). Compiled at
         the first call for each shape of tokens and cache and each choice of options.
 
+        Args:
+            params: as `self.params`.
+            tokens: [B, S]. Ids are checked in a list or numpy array; of JAX arrays this would wait for the device.
+            cache: what came before. A row that has no room for its tokens comes out as NaN, as do all later ones.
+            donate: write the new entries into `cache` itself, which is gone then; without it every call copies the
+                cache, whatever its capacity.
+            options: those of `dsv4_jax.model.forward`.
+
         Raises:
+            UserError: for ids outside the vocabulary, and more tokens than an empty row of the cache would hold.
             ValueError: for options that do not go together, as of `dsv4_jax.model.forward`.
         """
-        out = _compiled_forward(self.config, params, jnp.asarray(tokens, jnp.int32), cache=cache, **options)
+        if not isinstance(tokens, jax.Array):
+            tokens = token_ids(self.config, tokens, "tokens")
+        if cache is not None and options.get("counts") is None and tokens.shape[-1] > cache.capacity:
+            raise UserError(f"{tokens.shape[-1]} tokens do not fit a cache for {cache.capacity}: make a larger one")
+        run = _compiled_in_place if donate else _compiled_forward
+        out = run(self.config, params, jnp.asarray(tokens, jnp.int32), cache=cache, **options)
         return out if cache is None else (out, out.cache)
 
     def init_cache(self, batch: int, capacity: int, format: str = "float32", blocks: int | None = None) -> Cache:
@@ -94,15 +112,16 @@ class Model:
             options: of `inference.requests.GenerateOptions`: temperature, top_k, top_p, min_p, stop, seed, ...
 
         Raises:
-            UserError: when no tokenizer came with the model, or the request does not fit it.
+            UserError: when no tokenizer came with the model, the request does not fit it, or asks for more than a text.
         """
-        from dsv4_jax.inference.requests import GenerateOptions
-
+        asked = GenerateOptions(max_new_tokens, **options)
+        if asked.n > 1 or asked.logprobs is not None or asked.prompt_logprobs:
+            raise UserError("generate gives one text: for n, logprobs or prompt_logprobs ask `model.engine().generate`")
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer: load a folder that holds tokenizer.json")
         ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         engine = self.engine(cache_format=cache_format, speculative=speculative)
-        return engine.generate([ids], GenerateOptions(max_new_tokens, **options))[0][0].text
+        return engine.generate([ids], asked)[0][0].text
 
 
 def create(config: str | DeepseekV4Config, key: jax.Array | int = 0) -> Model:
@@ -127,7 +146,7 @@ def load(
 
     Args:
         folder: the model's folder, a run of `dsv4 train`, or the run's `checkpoints`.
-        step: of a run: this checkpoint; the newest good one by default.
+        step: of a run: this checkpoint; the newest good one by default. A folder of safetensors has no steps.
         shardings: the tree of shardings for an architecture; everything on one device by default.
         packed: keep matrices that the folder stores in FP8 or FP4 so in memory (`quantization.packed.Packed`): a
             forward undoes a few columns or one expert at a time. For inference: integers have no gradient.
@@ -140,6 +159,8 @@ def load(
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}{_if_preset(folder.name)}")
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        if step is not None:
+            raise UserError(f"{folder} holds one model and no steps, so there is no step {step}: leave the step out")
         from dsv4_jax.checkpoint import load_params, read_config
 
         config, alone = read_config(folder), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

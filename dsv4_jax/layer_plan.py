@@ -31,6 +31,11 @@ class LayerSpec:
     ratio: int  # tokens per compressed entry, 0 where nothing is compressed
     routing: RoutingKind
 
+    @property
+    def compression(self) -> tuple[AttentionKind, int]:
+        """What its compressed entries lie by: CSA's blocks overlap and HCA's do not, at whatever ratio."""
+        return self.attention, self.ratio
+
     def __str__(self) -> str:
         """Short form for tables: `CSA/4`, `HCA/128 hash`."""
         names = {SLIDING: "SWA", CSA: f"CSA/{self.ratio}", HCA: f"HCA/{self.ratio}"}

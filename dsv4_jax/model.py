@@ -117,7 +117,7 @@ class Output(NamedTuple):
     mtp_hidden: the same of the MTP module, or None; position t predicts token t+2.
     layers: one record per block, the MTP block last when it ran: "load", "balance", "hc_errors", "index_loss".
     streams: [B, S, n, D] behind the last block: what the MTP module reads.
-    cache: the given one with these tokens added, or None.
+    cache: the given one with these tokens added, or None. A row that it has no room for comes out as NaN.
     """
 
     logits: jax.Array | None
@@ -196,6 +196,10 @@ def forward(
         streams, records, cache = run_segment(config, i, graphs, layer_params, streams, batch, options, cache)
         layers += records
     hidden = rms_norm(ends.hc_head(streams, partition), ends.norm[...], config.rms_norm_eps)
+    if cache is not None and batch.layout.past is not None:
+        counts = batch.layout.past.counts
+        hidden = jnp.where(cache.holds(counts)[:, None, None], hidden, jnp.nan)
+        cache = cache if keep_all else replace(cache, lengths=cache.lengths + counts)
 
     mtp_hidden = None
     if mtp and config.mtp_layers:
@@ -204,8 +208,6 @@ def forward(
             own = batch._replace(expert_ids=None if expert_ids is None else expert_ids[:, :, -1])
             mtp_hidden, mtp_record, _ = ends.mtp["0"](streams, following, own, options)
         layers.append(mtp_record)
-    if cache is not None and batch.layout.past is not None and not keep_all:
-        cache = replace(cache, lengths=cache.lengths + batch.layout.past.counts)
     return Output(output_logits(params, hidden) if logits else None, hidden, mtp_hidden, layers, streams, cache)
 
 

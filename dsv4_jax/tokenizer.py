@@ -156,14 +156,19 @@ class Tokenizer:
         """SHA-256 of the vocabulary: two tokenizers with the same digest give the same ids."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes `folder/tokenizer.json` (and `tokenizer_config.json`, which names bos, eos and pad)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+    def files(self) -> dict[str, str]:
+        """`tokenizer.json`, and `tokenizer_config.json`, which names bos, eos and pad (UserError without them)."""
         name = {index: token for token, index in self.specials.items()}
         roles = {"bos_token": name[self.bos_id], "eos_token": name[self.eos_id], "pad_token": name[self.pad_id]}
-        (folder / "tokenizer_config.json").write_text(json.dumps(roles, ensure_ascii=False, indent=1), encoding="utf-8")
+        roles_json = json.dumps(roles, ensure_ascii=False, indent=1)
+        return {"tokenizer.json": self.to_json(), "tokenizer_config.json": roles_json}
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes `files` into the folder; where `tokenizer.json` lies."""
+        texts, folder = self.files(), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
         return folder / "tokenizer.json"
 
     def _role(self, role: str, names: Sequence[str]) -> int:

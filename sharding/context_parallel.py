@@ -139,7 +139,7 @@ def _own_layout(
     length, ratio, blocks = positions.shape[1], spec.ratio, {}
     if length * shards.count >= ratio:
         whole = not packed and length % ratio == 0
-        blocks[ratio] = (
+        blocks[spec.compression] = (
             _whole_blocks(positions, ratio, freqs)
             if whole
             else _ending_blocks(positions, ratio, spec.attention == CSA, freqs, packed, shards)

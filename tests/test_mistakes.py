@@ -202,8 +202,8 @@ def test_mistake_14_no_block_or_overlap_straddles_two_documents():
     for lengths in (rng.multinomial(50, np.full(6, 1 / 6)) for _ in range(5)):
         ids = np.repeat(np.arange(6), lengths)[None].astype(np.int32)
         layout = make_layout(TINY, 1, ids.size, jnp.asarray(ids))
-        for ratio in (4, 6):
-            blocks = jax.device_get(layout.blocks[ratio])
+        for kind, ratio in ((CSA, 4), (HCA, 6)):
+            blocks = jax.device_get(layout.blocks[kind, ratio])
             start, hi = 0, 0
             for length in lengths:
                 expected = np.arange(start, start + length // ratio * ratio).reshape(-1, ratio)

@@ -179,11 +179,15 @@ def batch_totals(config: DeepseekV4Config, batch: Batch) -> Totals:
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     ce, mtp = (shifted_targets(tokens, segment_ids, shift, batch.get("loss_mask"))[1].sum() for shift in (1, 2))
     blocks = make_layout(config, tokens.shape[0], tokens.shape[1], segment_ids).blocks
-    kinds = [(layer.attention, layer.ratio) for layer in _blocks_run(config)]
-    ratios = [ratio for kind, ratio in kinds if (kind == CSA and ratio in blocks) or kind == MLA_SPARSE]
-    text = segment_ids != 0
-    # Where nothing is compressed, every token sees itself.
-    seeing = {ratio: text & (blocks[ratio].hi > blocks[ratio].lo) if ratio else text for ratio in set(ratios)}
+    specs, text = _blocks_run(config), segment_ids != 0
+    ratios = [
+        spec.ratio
+        for spec in specs
+        if (spec.attention == CSA and spec.compression in blocks) or spec.attention == MLA_SPARSE
+    ]
+    chosen = {ratio: blocks[CSA, ratio] for ratio in set(ratios) - {0}}
+    seeing = {ratio: text & (found.hi > found.lo) for ratio, found in chosen.items()}
+    seeing[0] = text  # where nothing is compressed, every token sees itself
     return Totals(ce, mtp, tuple(seeing[ratio].sum().astype(jnp.float32) for ratio in ratios))
 
 

@@ -14,6 +14,7 @@ from dsv4_jax.tokenizer import Special
 _OPENING = f"<{MARKS[DSML]}tool_calls>"
 _CLOSING = re.compile(rf"\s*</{MARKS[DSML]}tool_calls>")
 _CALL_END = f"</{MARKS[DSML]}invoke>"
+_BLOCK_END = f"</{MARKS[DSML]}tool_calls>"
 _HELD = ("\n\n" + _OPENING, _OPENING)
 _ANY_MARK = re.compile(f"[{''.join(STRINGS)}]")
 
@@ -54,6 +55,8 @@ class StreamParser:
         self._state = _State("reasoning" if thinking_mode == "thinking" else "content")
         self._expect_end = expect_end
         self._raw = self._text = ""
+        self._held: list[str] = []  # what comes behind `_text`, not joined to it yet
+        self._edge = ""  # its last characters, in which an end may have begun
 
     def feed(self, piece: str, *, trusted: bool = True) -> list[Event]:
         """The events of one more piece.
@@ -64,19 +67,28 @@ class StreamParser:
                 each token is a `Special`.
         """
         if isinstance(piece, Special) or not trusted:
-            self._text += marked(self._raw, trusted=True)
+            new = marked(self._raw, trusted=True)
             self._raw = ""
-            self._text += MARKS.get(piece, str(piece)) if isinstance(piece, Special) else marked(piece, trusted=False)
+            new += MARKS.get(piece, str(piece)) if isinstance(piece, Special) else marked(piece, trusted=False)
         else:
             self._raw += piece
             whole = len(self._raw) - _partial(self._raw[after_tokens(self._raw) :], MARKS)
-            self._text += marked(self._raw[:whole], trusted=True)
+            new = marked(self._raw[:whole], trusted=True)
             self._raw = self._raw[whole:]
+        self._held.append(new)
+        closing = any(end in self._edge[1 - len(end) :] + new for end in (_CALL_END, _BLOCK_END))
+        self._edge = (self._edge + new)[-len(_BLOCK_END) :]
+        # Among calls nothing happens before one, or their block, is closed: a long parameter is not read every time.
+        if self._state.phase == "calls" and not closing:
+            return []
+        self._join()
         return list(self._advance(final=False))
 
     def finish(self) -> list[Event]:
         """The events at the end: what was held back, and what is missing."""
-        self._text, self._raw = self._text + marked(self._raw, trusted=True), ""
+        self._held.append(marked(self._raw, trusted=True))
+        self._raw = ""
+        self._join()
         events = list(self._advance(final=True))
         if self._state.phase == "calls":
             events += self._break_off()
@@ -85,6 +97,10 @@ class StreamParser:
         if self._state.phase != "ended" and self._expect_end:
             events += self._problem(f"the completion does not end: {EOS} is missing, as when it is cut off")
         return events
+
+    def _join(self) -> None:
+        self._text += "".join(self._held)
+        self._held.clear()
 
     def _advance(self, final: bool) -> Iterator[Event]:
         while self._text:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from dsv4_jax.checkpoint.decoding import STRIP
 from dsv4_jax.checkpoint.files import DTYPES, CheckpointError, Entry, Reader, listed
 from dsv4_jax.checkpoint.huggingface import find_sources, read_config
 from dsv4_jax.checkpoint.names import SCHEMES, Scheme, Stored, scale_names, tensors_of_scheme
-from dsv4_jax.checkpoint.parts import FolderParts, Parts, TreeParts
+from dsv4_jax.checkpoint.parts import FolderParts, Parts, TreeParts, as_dtype
 from dsv4_jax.checkpoint.storage import FLOAT_NAMES, Format, Quantise, Spec, quantisation_of, stored_as
+from dsv4_jax.checkpoint.tokenizer_files import files_in, files_of
 from dsv4_jax.checkpoint.writing import plan_files, write_files
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import read_json, to_released_json, to_transformers_json
@@ -30,7 +30,6 @@ from dsv4_jax.quantization.formats import NAN_SCALE, quantise_fp4, quantise_fp8_
 from dsv4_jax.shapes import flatten, is_table, tree_shapes
 
 log = logging.getLogger(__name__)
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json", "vocab.json")
 FILE_BYTES = 5 << 30
 UNEVEN = (
     "%d matrices are no multiples of the tiles that share a scale: this program reads them, but transformers guesses "
@@ -45,6 +44,7 @@ def save(
     scheme: Scheme = "released",
     quantise: Quantise = "none",
     *,
+    dtype: str | None = None,
     tokenizer: Any = None,
     max_file_bytes: int = FILE_BYTES,
 ) -> None:
@@ -58,18 +58,18 @@ def save(
         quantise: "none"; "v4", FP8 with FP4 experts and the rest BF16; "fp8", with FP8 experts, as the base models are;
             "release", what `config` says, "v4" where it says nothing. transformers 5.23 undoes this without a GPU only
             for experts under released names.
-        tokenizer: a `Tokenizer`, or a folder whose tokenizer files are copied.
+        dtype: "bfloat16", "float16" or "float32" for the floats of a plain model; by default as they are. What is
+            quantised has the rest in BF16.
+        tokenizer: a `Tokenizer`, a folder whose tokenizer files are copied, or what else `load_tokenizer` takes.
         max_file_bytes: larger models are split into files with an index.
 
     Raises:
-        FileExistsError: when the folder already holds a model.
-        CheckpointError: when `params` is not a tree of `config`, the scheme is unknown, or what shall be quantised
-            holds NaN or infinity.
+        FileExistsError: when the folder already holds a model, or a tokenizer that would be overwritten.
+        FileNotFoundError, UserError: for a tokenizer that there is not.
+        CheckpointError: when `params` is not a tree of `config`, the scheme is unknown, `dtype` is given for what is
+            quantised or too narrow for a number, or what shall be quantised holds NaN or infinity.
     """
-    leaves = flatten(dict(params))
-    _refuse_other_tree(leaves, config)
-    _Export(config, TreeParts(leaves), scheme, quantise).write(folder, max_file_bytes)
-    copy_tokenizer(tokenizer, Path(folder))
+    _export_of_tree(config, params, scheme, quantise, dtype).write(folder, max_file_bytes, files_of(tokenizer))
 
 
 def convert(
@@ -91,34 +91,58 @@ def convert(
         folder: as in `save`.
         scheme: as in `save`.
         quantise: as in `save`.
-        dtype: "bfloat16", "float16" or "float32" for plain floats; by default the source's.
+        dtype: as in `save`; by default the source's, and its `torch_dtype` for what was quantised.
         max_file_bytes: as in `save`.
 
     Raises:
         FileNotFoundError, FileExistsError, ConfigError, CheckpointError: as `load_params` and `save`.
     """
-    if dtype is not None and dtype not in FLOAT_NAMES:
-        raise CheckpointError(f"there is no dtype {dtype!r} for weights: one of {', '.join(FLOAT_NAMES)}")
-    config = read_config(source)
-    sources, drafting = find_sources(source, config)
     with Reader() as reader:
-        parts = FolderParts(reader, sources, config, jnp.dtype(dtype) if dtype else None)
-        export = _Export(config, parts, scheme, quantise)
-        if drafting:
-            export.add_drafting(reader, drafting, read_json(source))
-        export.write(folder, max_file_bytes)
-    copy_tokenizer(source, Path(folder))
+        export = _export_of_folder(reader, source, scheme, quantise, dtype)
+        export.write(folder, max_file_bytes, files_in(Path(source)))
 
 
-def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Put a `Tokenizer`, or the tokenizer files of a folder, into `folder`; None is nothing."""
-    if isinstance(tokenizer, (str, Path)):
-        for pattern in TOKENIZER_FILES:
-            for file in Path(tokenizer).glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
-    elif tokenizer is not None:
-        tokenizer.save(folder)
+def planned_save(
+    config: DeepseekV4Config, params: Mapping[str, Any], scheme: Scheme, quantise: Quantise, dtype: str | None
+) -> dict[str, Spec]:
+    """Every tensor that `save` would write; raises as it does."""
+    return _export_of_tree(config, params, scheme, quantise, dtype).specs()
+
+
+def planned_convert(source: str | Path, scheme: Scheme, quantise: Quantise, dtype: str | None) -> dict[str, Spec]:
+    """Every tensor that `convert` would write; raises as it does. Only headers are read."""
+    with Reader() as reader:
+        return _export_of_folder(reader, source, scheme, quantise, dtype).specs()
+
+
+def _export_of_tree(
+    config: DeepseekV4Config, params: Mapping[str, Any], scheme: Scheme, quantise: Quantise, dtype: str | None
+) -> _Export:
+    leaves = flatten(dict(params))
+    _refuse_other_tree(leaves, config)
+    return _Export(config, TreeParts(leaves, float_dtype(dtype, quantise)), scheme, quantise)
+
+
+def _export_of_folder(
+    reader: Reader, source: str | Path, scheme: Scheme, quantise: Quantise, dtype: str | None
+) -> _Export:
+    asked, config = float_dtype(dtype, quantise), read_config(source)
+    sources, drafting = find_sources(source, config)
+    export = _Export(config, FolderParts(reader, sources, config, asked), scheme, quantise)
+    if drafting:
+        export.add_drafting(reader, drafting, read_json(source))
+    return export
+
+
+def float_dtype(dtype: str | None, quantise: Quantise) -> np.dtype | None:
+    """The dtype by its name, None for none; CheckpointError for a name that is none, and together with `quantise`."""
+    if dtype is None:
+        return None
+    if dtype not in FLOAT_NAMES:
+        raise CheckpointError(f"there is no dtype {dtype!r} for weights: one of {', '.join(FLOAT_NAMES)}")
+    if quantise != "none":
+        raise CheckpointError(f"quantised as {quantise!r} the rest is always bfloat16: leave the dtype {dtype} out")
+    return jnp.dtype(dtype)
 
 
 class _Export:
@@ -143,16 +167,22 @@ class _Export:
         own = ["num_nextn_predict_layers"] + (["compress_ratios"] if self.scheme == "released" else [])
         self._settings = {key: raw[key] for key in raw if key.startswith("dspark_") or key in own}
 
-    def write(self, folder: str | Path, limit: int) -> None:
-        """Write the whole folder; config.json comes last, so what is half written is no model."""
+    def write(self, folder: str | Path, limit: int, beside: Mapping[str, bytes]) -> None:
+        """Write the whole folder, files `beside` included; config.json is last, so what is half written is no model."""
         folder = local_path(folder)
-        if present := sorted(p.name for pattern in ("config.json", "*.safetensors*") for p in folder.glob(pattern)):
-            raise FileExistsError(f"{folder} already holds {present[0]}: choose another folder, nothing is overwritten")
+        present = {p.name for pattern in ("config.json", "*.safetensors*") for p in folder.glob(pattern)}
+        present |= {name for name in beside if (folder / name).exists()}
+        if present:
+            raise FileExistsError(
+                f"{folder} already holds {min(present)}: choose another folder, nothing is overwritten"
+            )
         config_json = self._config_json()
-        specs = self._specs()
+        specs = self.specs()
         files = plan_files(specs, limit)
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, specs, files, self._pieces([name for part in files.values() for name in part], specs))
+        for name, content in beside.items():
+            (folder / name).write_bytes(content)
         (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
 
     def _config_json(self) -> dict[str, Any]:
@@ -162,7 +192,8 @@ class _Export:
             log.warning("transformers has no MTP module: its weights are left out")
         return to_transformers_json(self.config.replace(num_nextn_predict_layers=0)) | self._settings
 
-    def _specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, Spec]:
+        """Every tensor in the order in which it is written."""
         specs: dict[str, Spec] = {}
         uneven = []
         for name, stored in self.tensors.items():
@@ -203,7 +234,7 @@ class _Export:
 
     def _plain(self, stored: Stored, dtype: np.dtype) -> Iterator[np.ndarray]:
         for place in stored.places:
-            array = self.parts.get(place).astype(dtype, copy=False)
+            array = as_dtype(self.parts.get(place), dtype, place.leaf)
             yield array.swapaxes(-1, -2) if stored.transposed else array
 
     def _quantised(self, name: str, stored: Stored) -> Iterator[tuple[np.ndarray, np.ndarray]]:

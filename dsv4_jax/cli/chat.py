@@ -89,7 +89,7 @@ class Conversation:
         """The events of the answer to a message; both join the conversation, even if the answer is broken off.
 
         Raises:
-            UserError: when the conversation no longer fits the model; the message is then not part of it.
+            UserError: when the conversation does not fit the model; the message is then not part of it.
         """
         from dsv4_jax.chat import Message, StreamParser, encode_chat
 
@@ -100,9 +100,10 @@ class Conversation:
         if room < 1:
             raise UserError(f"the conversation has {len(prompt)} tokens and fills the model: /reset begins anew")
         options = self._asked.options(max_new_tokens=min(self._asked.max_new_tokens, room))
+        stream = self._engine.stream([prompt], options)  # which refuses at once what it cannot do
         parser, events = StreamParser(mode, expect_end=False), []
         try:
-            for event in self._parsed(self._engine.stream([prompt], options), parser):
+            for event in self._parsed(stream, parser):
                 events.append(event)
                 yield event
         finally:

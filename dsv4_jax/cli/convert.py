@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from dsv4_jax.checkpoint.names import Scheme
-from dsv4_jax.checkpoint.storage import Quantise, count_dtypes, inventory, stored_as, total_bytes
+from dsv4_jax.checkpoint.storage import Quantise, Spec, count_dtypes, inventory, stored_as, total_bytes
 from dsv4_jax.cli.info import find_config, short
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import has_dspark, read_json
 from dsv4_jax.errors import UserError
 from dsv4_jax.paths import local_path
+
+if TYPE_CHECKING:
+    from dsv4_jax.api import Model
 
 DESCRIPTION = """Write a checkpoint in another naming scheme or format, matrix by matrix: memory is one matrix.
 
@@ -39,15 +42,16 @@ class Convert:
     """The folder to write; it must not hold a model yet."""
     scheme: Scheme = "released"
     """Names of the tensors."""
-    quantise: Annotated[Quantise, tyro.conf.arg(aliases=["--quantize"])] = "none"
-    """v4: matrices in FP8, routed experts in FP4, the rest in bfloat16; fp8: experts in FP8 too, as in base models;
-    release: as the source's config.json says, v4 where it says nothing."""
+    quantise: Annotated[Quantise | None, tyro.conf.arg(aliases=["--quantize"])] = None
+    """none, the default: plain floats; v4: matrices in FP8, routed experts in FP4, the rest in bfloat16; fp8: experts
+    in FP8 too, as in base models; release: as the source's config.json says, v4 where it says nothing. A dry run of a
+    preset or config.json lists what it says by default."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of what is not quantised; by default as it is, and torch_dtype for what was quantised."""
+    """Of plain floats; by default as they are, and torch_dtype for what was quantised."""
     step: int | None = None
     """Of a run: the checkpoint of this step; the newest good one by default."""
     dry_run: bool = False
-    """List every tensor, from the configuration alone, and write nothing."""
+    """List every tensor that would be written, and write nothing; of a preset or config.json, every tensor it means."""
     against: str | None = None
     """With --dry-run: a model.safetensors.index.json to compare with; shards beside it are checked too."""
 
@@ -71,45 +75,72 @@ def dry_run(asked: Convert) -> None:
     Raises:
         UserError: when it differs, with what is missing, extra and misshapen.
     """
-    config = find_config(asked.checkpoint)
-    config = config if asked.quantise == "none" else stored_as(config, asked.quantise)
-    config = config.replace(torch_dtype=asked.dtype) if asked.dtype else config
     if asked.against is not None:
-        return _compare(
-            config, asked.against, Path(asked.checkpoint).exists() and has_dspark(read_json(asked.checkpoint))
-        )
-    specs = inventory(config, asked.scheme)
+        dspark = Path(asked.checkpoint).exists() and has_dspark(read_json(asked.checkpoint))
+        return _compare(_described(asked), asked.against, dspark)
+    specs = planned(asked, Path(asked.checkpoint).expanduser())
     for name, spec in specs.items():
         print(f"{name}  {spec}")
     print(f"{len(specs):,} tensors, {total_bytes(specs):,} bytes")
     print(", ".join(f"{dtype} {count:,}" for dtype, count in sorted(count_dtypes(specs).items())))
 
 
+def _described(asked: Convert) -> DeepseekV4Config:
+    """The configuration of a checkpoint that is none yet, as it says itself or as it is asked for."""
+    from dsv4_jax.checkpoint.exporting import float_dtype
+
+    config, quantise = find_config(asked.checkpoint), asked.quantise
+    if quantise is None and asked.dtype is not None:
+        quantise = "none"
+    config = config if quantise is None else stored_as(config, quantise)
+    float_dtype(asked.dtype, quantise or "none")
+    return config.replace(torch_dtype=asked.dtype) if asked.dtype else config
+
+
+def planned(asked: Convert, source: Path) -> dict[str, Spec]:
+    """Every tensor that `write` would write; without weights, those that the configuration means."""
+    from dsv4_jax.checkpoint.exporting import planned_convert, planned_save
+
+    if not source.is_dir():
+        return inventory(_described(asked), asked.scheme)
+    if holds_safetensors(asked, source):
+        return planned_convert(source, asked.scheme, asked.quantise or "none", asked.dtype)
+    if (source / "config.json").is_file() and not (source / "checkpoints").is_dir():
+        return inventory(_described(asked), asked.scheme)
+    model = _load_run(asked, source)
+    return planned_save(model.config, model.params, asked.scheme, asked.quantise or "none", asked.dtype)
+
+
 def write(asked: Convert, out: Path) -> None:
     """Convert to the folder `out`; says what was written."""
     from dsv4_jax.checkpoint import convert, save
 
-    source = local_path(asked.checkpoint)
-    if source.is_dir() and (any(source.glob("*.safetensors")) or any(source.glob("*.safetensors.index.json"))):
-        convert(source, out, asked.scheme, asked.quantise, dtype=asked.dtype)
+    source, quantise = local_path(asked.checkpoint), asked.quantise or "none"
+    if holds_safetensors(asked, source):
+        convert(source, out, asked.scheme, quantise, dtype=asked.dtype)
     else:
-        import jax
-
-        from dsv4_jax.api import load
-        from dsv4_jax.shapes import flatten, is_table, keeps_float32, nest
-
-        model = load(source, step=asked.step)
-        params = model.params
-        if asked.dtype is not None:
-            leaves = flatten(params)
-            kept = {path: is_table(path) or keeps_float32(path) for path in leaves}
-            params = nest({p: x if kept[p] else jax.numpy.asarray(x, asked.dtype) for p, x in leaves.items()})
-        save(out, model.config, params, asked.scheme, asked.quantise, tokenizer=model.tokenizer)
+        model = _load_run(asked, source)
+        given = {"dtype": asked.dtype, "tokenizer": model.tokenizer}
+        save(out, model.config, model.params, asked.scheme, quantise, **given)
     files = sorted(out.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(
         f"{out}: {', '.join(file.name for file in files[:6])}{', ...' if len(files) > 6 else ''}; {short(size)} bytes"
     )
+
+
+def holds_safetensors(asked: Convert, source: Path) -> bool:
+    """Whether `source` is a folder of safetensors, which has no steps to ask for."""
+    found = source.is_dir() and any(any(source.glob(f"*.safetensors{end}")) for end in ("", ".index.json"))
+    if found and asked.step is not None:
+        raise UserError(f"--step is for runs of dsv4 train: {source} holds one model")
+    return found
+
+
+def _load_run(asked: Convert, source: Path) -> Model:
+    from dsv4_jax.api import load
+
+    return load(source, step=asked.step)
 
 
 def _compare(config: DeepseekV4Config, index: str, dspark: bool) -> None:

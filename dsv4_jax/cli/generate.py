@@ -108,7 +108,8 @@ def log_prob_lines(events: Iterable[Event], tokenizer: Tokenizer) -> list[str]:
     """One line per token whose log-probability is known."""
 
     def name(token: int) -> str:
-        return repr(tokenizer.decode([token]))
+        # A model's vocabulary may be padded beyond the tokenizer's.
+        return repr(tokenizer.decode([token])) if token < tokenizer.vocab_size else f"token {token}"
 
     def line(event: Event, found: TokenLogProb) -> str:
         others = ", ".join(f"{name(token)} {log_prob:.3f}" for token, log_prob in found.top)

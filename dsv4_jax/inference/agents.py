@@ -14,7 +14,9 @@ from dsv4_jax import model
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.inference.block_pool import BlockPool
+from dsv4_jax.inference.block_tables import BlockTables, Row
 from dsv4_jax.inference.prefix_store import Found, Hit
+from dsv4_jax.inference.requests import token_ids
 from dsv4_jax.layers.kv_cache import Cache, commit, init_cache
 
 
@@ -60,24 +62,34 @@ class Agents:
 
     Attributes:
         pool: where their blocks lie.
-        lengths: tokens of each row, int32 [rows].
-        sealed: see `Cache.sealed`.
-        tables: block numbers, int32 [rows, columns].
     """
 
     def __init__(self, pool: BlockPool, rows: int, capacity: int):
         """A batch of `rows` empty rows with room for `capacity` tokens each, rounded up to whole blocks."""
         empty = init_cache(pool.config, rows, capacity, pool.format.name, blocks=0)
         self.pool, self._states, self._capacity = pool, empty.states, empty.capacity
-        self.lengths, self.sealed = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        self.tables, self._held = np.zeros(empty.tables.shape, np.int32), np.zeros(rows, np.int32)
-        self._tokens: list[list[np.ndarray] | None] = [None] * rows  # None where nobody is
+        self._held = BlockTables(pool, *empty.tables.shape)
         self._pending: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def rows(self) -> int:
         """Rows, taken or free."""
-        return len(self.lengths)
+        return len(self._held.rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, int32 [rows]."""
+        return self._held.lengths
+
+    @property
+    def sealed(self) -> np.ndarray:
+        """See `Cache.sealed`, int32 [rows]."""
+        return self._held.sealed
+
+    @property
+    def tables(self) -> np.ndarray:
+        """Block numbers, int32 [rows, columns], 0 where a row has none."""
+        return self._held.tables
 
     @property
     def state_bytes(self) -> int:
@@ -86,14 +98,14 @@ class Agents:
 
     def blocks(self, row: int) -> np.ndarray:
         """The blocks that a row holds, shared ones included."""
-        return self.tables[row, : self._held[row]].copy()
+        return np.array(found.blocks if (found := self._held.rows[row]) else [], np.int32)
 
     def enter(self, document: Document | None = None) -> int:
         """Let a new agent go on from `document` (or from nothing) in a free row; the row's number."""
-        if None not in self._tokens:
+        if self._pending:
+            raise UserError("commit the last forward first")
+        if None not in self._held.rows:
             raise UserError(f"all {self.rows} rows are taken: an agent must leave first")
-        row = self._tokens.index(None)
-        held = 0 if document is None else len(document.blocks)
         if document is None:
             document = Document(self.pool, np.zeros(0, np.int32), np.zeros(0, np.int32), _zeros_of_row(self._states))
         if document.pool is not self.pool or document.closed:
@@ -101,34 +113,31 @@ class Agents:
         if len(document.tokens) > self._capacity:
             raise UserError(f"a document of {len(document.tokens)} tokens exceeds the capacity of {self._capacity}")
         self.pool.retain(document.blocks)
-        self.tables[row, :held], self._held[row] = document.blocks, held
-        self.lengths[row], self.sealed[row], self._tokens[row] = len(document.tokens), 0, [document.tokens]
-        self._states = _put_row(self._states, document.states, row)
-        return row
+        number = self._held.rows.index(None)
+        self._held.put(number, Row([document.tokens], document.blocks.tolist(), len(document.tokens)))
+        self._states = _put_row(self._states, document.states, number)
+        return number
 
     def resume(self, found: Found, tokens: np.ndarray) -> int:
         """Let an agent go on where a store's blocks of `tokens` lead; the row owns the blocks. The row's number."""
-        row = self.enter()
-        self.tables[row, : len(found.blocks)], self._held[row] = found.blocks, len(found.blocks)
-        self.lengths[row], self.sealed[row] = found.start, len(found.blocks) * self.pool.block_tokens
-        self._tokens[row] = [tokens[: found.start]]
+        number = self.enter()
+        sealed = len(found.blocks) * self.pool.block_tokens
+        self._held.put(number, Row([tokens[: found.start]], list(found.blocks), found.start, sealed))
         if found.states is not None:
-            self._states = _put_row(self._states, found.states, row)
-        return row
+            self._states = _put_row(self._states, found.states, number)
+        return number
 
     def leave(self, row: int) -> None:
         """End a row's agent and give its blocks back; an empty row stays as it is."""
         self.pool.release(self.blocks(row))
-        self.tables[row], self._held[row], self.lengths[row], self.sealed[row] = 0, 0, 0, 0
-        self._tokens[row] = None
+        self._held.put(row, None)
 
     def keep(self, row: int) -> Document:
         """What the row has seen, as a document: to fork it, or to come back to it. The row goes on."""
-        if (tokens := self._tokens[row]) is None or self._pending:
-            raise UserError(f"row {row} is empty" if tokens is None else "commit the last forward first")
-        blocks = self.blocks(row)
-        self.pool.retain(blocks)
-        return Document(self.pool, np.concatenate(tokens), blocks, _take_row(self._states, row))
+        if (found := self._held.rows[row]) is None or self._pending:
+            raise UserError(f"row {row} is empty" if found is None else "commit the last forward first")
+        self.pool.retain(found.blocks)
+        return Document(self.pool, np.concatenate(found.pieces), self.blocks(row), _take_row(self._states, row))
 
     def forward(
         self,
@@ -153,29 +162,47 @@ class Agents:
 
         Raises:
             OutOfBlocks: when the pool has no room; nothing has changed then.
-            UserError: when a row would exceed its capacity, is free, or waits for a commit.
+            UserError: when a row would exceed its capacity, is free, or waits for a commit, and for tokens or counts
+                that cannot be.
         """
-        tokens = np.asarray(tokens, np.int32)
-        taken = np.array([row is not None for row in self._tokens])
-        counts = np.asarray(taken * tokens.shape[1] if counts is None else counts, np.int32)
-        if self._pending or (counts[~taken] > 0).any():
-            raise UserError("commit the last forward first" if self._pending else "a free row cannot have tokens")
-        self._make_room(counts)
+        if self._pending:
+            raise UserError("commit the last forward first")
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or len(tokens) != self.rows:
+            raise UserError(f"tokens have the shape {tokens.shape}: a row for each of {self.rows} rows is needed")
+        taken, length = self._held.taken, tokens.shape[1]
+        counts = _counts(taken * length if counts is None else counts, np.full(self.rows, length))
+        if (counts[~taken] > 0).any():
+            raise UserError("a free row cannot have tokens")
+        real = np.arange(length) < counts[:, None]
+        token_ids(self.pool.config, tokens[real], "tokens")
+        tokens = np.where(real, tokens, 0).astype(np.int32)
+        self._held.make_room(counts)
+        run = _forward if keep_all else _forward_in_place
         static = (self.pool.config, logits, keep_all, self.pool.options)
-        out = _forward(*static, params, tokens, self.pool.pools, self._cache(), counts)
+        out = run(*static, params, tokens, self.pool.pools, self._states, self._cache({}), counts)
         assert out.cache is not None
         self.pool.pools, self._states = out.cache.pools, out.cache.states
-        self._pending = tokens, counts
-        if not keep_all:
-            self._advance(counts)
+        if keep_all:
+            self._pending = tokens, counts
+        else:
+            self._held.advance(tokens, counts)
         return out._replace(cache=None)
 
     def commit(self, counts: np.ndarray) -> None:
-        """Settle a forward with `keep_all`: of its tokens the first `counts` [rows] were real, the rest is gone."""
+        """Settle a forward with `keep_all`: of its tokens the first `counts` [rows] were real, the rest is gone.
+
+        Whoever has left since then counts none.
+
+        Raises:
+            UserError: without such a forward, and for counts above those that it was given.
+        """
         if self._pending is None:
             raise UserError("there is nothing to commit: the last forward did not keep all")
-        self._states = self.states_after(counts)
-        self._advance(np.asarray(counts))
+        tokens, given = self._pending
+        counts = np.where(self._held.taken, _counts(counts, given), 0)
+        self._states, self._pending = self.states_after(counts), None
+        self._held.advance(tokens, counts)
 
     def empty_states(self) -> Any:
         """The state of one row that has seen nothing."""
@@ -183,61 +210,22 @@ class Agents:
 
     def states_after(self, counts: np.ndarray) -> Any:
         """The rows' states if `counts` [rows] tokens of a forward with `keep_all` were real."""
-        return _commit(self.pool.config, self._cache(), jnp.array(counts, jnp.int32)).states
+        return _commit(self.pool.config, self._cache(self._states), jnp.array(counts, jnp.int32)).states
 
-    def _cache(self) -> Cache:
+    def _cache(self, states: Any) -> Cache:
         """The batch as the model takes it, but for the pools."""
-        # Copies on the host: JAX may still read an array it was given while the next step changes it.
-        lengths, tables, sealed = (jnp.asarray(x.copy()) for x in (self.lengths, self.tables, self.sealed))
-        return Cache(lengths, tables, self._states, {}, self.pool.format, self.pool.block_tokens, sealed)
+        lengths, tables, sealed = jnp.asarray(self.lengths), self._held.on_device(), jnp.asarray(self.sealed)
+        return Cache(lengths, tables, states, {}, self.pool.format, self.pool.block_tokens, sealed)
 
-    def _advance(self, counts: np.ndarray) -> None:
-        """Count tokens in, and give back blocks that only refused tokens needed."""
-        assert self._pending is not None
-        for row, history in enumerate(self._tokens):
-            if history is not None:
-                history.append(self._pending[0][row, : counts[row]].copy())
-        self.lengths += np.asarray(counts, np.int32)
-        self._pending = None
-        for row in range(self.rows):
-            needed = self._columns(max(self.lengths[row], self.sealed[row]))
-            self.pool.release(self.tables[row, needed : self._held[row]])
-            self._held[row] = min(needed, self._held[row])
 
-    def _make_room(self, counts: np.ndarray) -> None:
-        """Give every row the blocks that its tokens need, and its own copy of a shared block that it would write to."""
-        after = self.lengths + counts
-        if (after > self._capacity).any():
-            row = int(np.argmax(after))
-            raise UserError(f"row {row} would hold {after[row]} tokens; rows have room for {self._capacity}")
-        torn = [row for row in range(self.rows) if counts[row] and self._writes_to_shared(row)]
-        wanted = [max(0, self._columns(length) - int(held)) for length, held in zip(after, self._held, strict=True)]
-        fresh = self.pool.allocate(len(torn) + sum(wanted))
-        self._copy_torn(torn, fresh[: len(torn)])
-        fresh = fresh[len(torn) :]
-        for row, count in enumerate(wanted):
-            self.tables[row, self._held[row] : self._held[row] + count] = fresh[:count]
-            self._held[row] += count
-            fresh = fresh[count:]
-
-    def _columns(self, length: int) -> int:
-        return -(-int(length) // self.pool.block_tokens)
-
-    def _writes_to_shared(self, row: int) -> bool:
-        """Whether the next entry goes to a block that others hold too."""
-        column = max(self.lengths[row], self.sealed[row]) // self.pool.block_tokens
-        return column < self._held[row] and self.pool.holders(self.tables[row, column]) > 1
-
-    def _copy_torn(self, rows: list[int], blocks: list[int]) -> None:
-        """Replace the incomplete blocks of `rows` by copies in `blocks`."""
-        if not rows:
-            return
-        source, target = np.zeros(self.rows, np.int32), np.full(self.rows, -1, np.int32)  # one shape for any number
-        columns = np.maximum(self.lengths, self.sealed)[rows] // self.pool.block_tokens
-        source[: len(rows)], target[: len(rows)] = self.tables[rows, columns], blocks
-        self.pool.copy(source, target)
-        self.pool.release(source[: len(rows)])
-        self.tables[rows, columns] = blocks
+def _counts(counts: Any, most: np.ndarray) -> np.ndarray:
+    """Counts of tokens as int32 [rows], from 0 to `most` [rows] each; UserError for others."""
+    counts = np.asarray(counts)
+    if counts.shape != most.shape or not np.issubdtype(counts.dtype, np.integer):
+        raise UserError(f"counts are {counts.tolist()}: a whole number for each of {len(most)} rows is needed")
+    if ((counts < 0) | (counts > most)).any():
+        raise UserError(f"counts are {counts.tolist()}: they go from 0 to {most.tolist()}, the tokens given")
+    return counts.astype(np.int32)
 
 
 def padded(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -245,8 +233,7 @@ def padded(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.pad(tokens, (0, length - len(tokens)))[None], np.array([len(tokens)])
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
-def _forward(
+def _step(
     config: DeepseekV4Config,
     logits: bool,
     keep_all: bool,
@@ -254,15 +241,18 @@ def _forward(
     params: model.Params,
     tokens: jax.Array,
     pools: Any,
+    states: Any,
     cache: Cache,
     counts: jax.Array,
 ) -> model.Output:
-    cache = replace(cache, pools=pools)
+    cache = replace(cache, pools=pools, states=states)
     return model.forward(
         config, params, tokens, cache=cache, counts=counts, logits=logits, keep_all=keep_all, **dict(options)
     )
 
 
+_forward = jax.jit(_step, static_argnums=(0, 1, 2, 3), donate_argnums=6)  # states that keep all tokens are larger
+_forward_in_place = jax.jit(_step, static_argnums=(0, 1, 2, 3), donate_argnums=(6, 7))
 _commit = jax.jit(commit, static_argnums=0)
 
 

@@ -101,7 +101,7 @@ class Continuation:
 
     def open(self, prompt_log_probs: tuple[TokenLogProb, ...] | None) -> Iterator[Event]:
         """The event in front of the first token, where there is anything to say."""
-        self.ended = self.left == 0
+        self.ended = self.left <= 0
         if prompt_log_probs is not None:
             reason = "length" if self.ended else None
             yield Event(self.prompt, self.sample, prompt_log_probs=prompt_log_probs, finish_reason=reason)
@@ -120,7 +120,7 @@ class Continuation:
         self.left -= 1
         stopping = token in self.stops
         text = "" if stopping or self._text is None else self._text.feed(token)
-        self.ended = stopping or self.left == 0 or (self._text is not None and self._text.stopped)
+        self.ended = stopping or self.left <= 0 or (self._text is not None and self._text.stopped)
         if self.ended and self._text is not None:
             text += self._text.finish()
             stopping |= self._text.stopped

@@ -28,12 +28,12 @@ from dsv4_jax.inference.decoding import decode
 from dsv4_jax.inference.requests import GREEDY, GenerateOptions, check_prompt, stack_settings
 from dsv4_jax.inference.sampling import LogProbs
 from dsv4_jax.inference.sharing import fork
+from dsv4_jax.inference.sizes import LEAST_CAPACITY, round_up
 from dsv4_jax.partition import ALONE, Partition
 from dsv4_jax.quantization.storage import FormatName, cache_format
 from dsv4_jax.tokenizer import Tokenizer
 
 SMALL_CHUNK = 128  # tokens of a chunk where no prompt is longer
-LEAST_CAPACITY = 256
 MOST_DRAFTS = 8
 CALL_SECONDS = 0.05  # how long the compiled loop runs before the host sees its tokens
 APART = 16  # blocks of models whose layers are laid apart (`weights.unstack`); deeper ones would compile too long
@@ -91,7 +91,8 @@ class Engine:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}: at least 1")
         if self.config.num_hidden_layers <= APART and isinstance(self.params.get("segments", {}).get("0"), dict):
-            object.__setattr__(self, "params", _unstack(self.params))
+            apart = _unstack({"segments": self.params["segments"]})  # embedding and head are shared, not copied
+            object.__setattr__(self, "params", self.params | apart)
 
     def generate(
         self,
@@ -239,13 +240,6 @@ def generate(
 ) -> list[list[Completion]]:
     """`Engine(config, params, **engine).generate(prompts, options, on_event)`: the `n` continuations of each prompt."""
     return Engine(config, params, **engine).generate(prompts, options, on_event)
-
-
-def round_up(size: int, least: int) -> int:
-    """The next power of two, from 8,192 on at most a quarter more: few sizes, little waste."""
-    size = max(size, least)
-    step = 1 << (size - 1).bit_length() if size <= 8192 else 1 << (size.bit_length() - 3)
-    return -(-size // step) * step
 
 
 def _forked(prompted: Prompted, rows: int, capacity: int) -> Prompted:

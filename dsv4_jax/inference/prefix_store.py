@@ -37,6 +37,7 @@ from dsv4_jax.layers.kv_cache import stacks
 from dsv4_jax.paths import local_path
 
 Windows = Literal["full", "none"] | int
+ENTRIES = 1  # raise it with whatever changes what an entry or a state holds, so that older ones are not found
 FILL = 8  # blocks that are read or written at once
 STALE = 3600.0  # seconds after which an unfinished file belongs to nobody
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class PrefixStore:
             "configuration": hashlib.sha256(pool.config._json.encode()).hexdigest(),
             "cache format": f"{pool.format!r} {pool.options!r}",
             "parameters": self._params,
+            "entries": f"version {ENTRIES}",
             "software": f"jax {jax.__version__} on {jax.default_backend()}",
         }
 

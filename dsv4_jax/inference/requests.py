@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,7 @@ class GenerateOptions:
         n: how many continuations; they share the prompt's cache.
 
     Raises:
-        UserError: for values outside their range, and for values that contradict each other.
+        UserError: for values of another type or outside their range, and for values that contradict each other.
     """
 
     max_new_tokens: int = 64
@@ -57,19 +59,29 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         """Check each value, then what goes together."""
         least = 0 if self.prompt_logprobs else 1
-        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= least, f"at least {least}")
-        _check("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more, and finite")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < float("inf"), "above 0 (1 changes nothing)")
-        _check("logprobs", self.logprobs, 0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}")
-        _check("n", self.n, self.n >= 1, "at least 1")
-        _check("seed", self.seed, 0 <= (self.seed or 0) < 2**32, "from 0 to 2^32 - 1")
-        _check("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a list of strings, none empty")
+        self._check("max_new_tokens", _is_whole, "a whole number")
+        self._check("max_new_tokens", lambda v: v >= least, f"at least {least}")
+        self._check("top_k", _is_whole, "a whole number")
+        self._check("top_k", lambda v: 0 <= v < 2**31, "0 (all tokens) or more, and below 2^31")
+        self._check("n", _is_whole, "a whole number")
+        self._check("n", lambda v: v >= 1, "at least 1")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            self._check(name, _is_number, "a number")
+        self._check("temperature", lambda v: 0 <= v < float("inf"), "0 or more, and finite")
+        self._check("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1")
+        self._check("min_p", lambda v: 0 <= v <= 1, "from 0 to 1")
+        self._check("repetition_penalty", lambda v: 0 < v < float("inf"), "above 0 (1 changes nothing), and finite")
+        maybe = lambda v, most: v is None or (_is_whole(v) and 0 <= v <= most)  # noqa: E731
+        self._check("logprobs", lambda v: maybe(v, MOST_LOGPROBS), f"None, or a whole number from 0 to {MOST_LOGPROBS}")
+        self._check("seed", lambda v: maybe(v, 2**32 - 1), "None, or a whole number from 0 to 2^32 - 1")
+        self._check("stop", lambda v: _is_list(v, lambda s: isinstance(s, str) and s), "a list of strings, none empty")
+        self._check("stop_tokens", lambda v: _is_list(v, _is_whole), "a list of token ids")
         if self.n > 1 and self.temperature == 0:
             raise UserError(f"{self.n} continuations at temperature 0 would all be the same: give a temperature")
+
+    def _check(self, name: str, right: Callable[[Any], bool], wanted: str) -> None:
+        if not right(value := getattr(self, name)):
+            raise UserError(f"{name} is {value!r}: it must be {wanted}")
 
     def settings(self, sample: int, vocab_size: int) -> tuple[float, ...]:
         """The row of `Settings` of continuation `sample`."""
@@ -79,23 +91,20 @@ class GenerateOptions:
 
 
 def check_prompt(
-    config: DeepseekV4Config, prompt: np.ndarray, options: GenerateOptions, tokenizer: Tokenizer | None, where: str
+    config: DeepseekV4Config, prompt: Any, options: GenerateOptions, tokenizer: Tokenizer | None, where: str
 ) -> np.ndarray:
     """The prompt as int32 [P]; `where` names it in errors.
 
     Raises:
-        UserError: for an empty prompt, ids outside the vocabulary, more tokens than the model has positions, and stop
-            strings without a tokenizer.
+        UserError: for an empty prompt, ids outside the vocabulary, more tokens than the model has positions, stop
+            strings without a tokenizer, and a tokenizer that does not say which token ends a text.
     """
-    prompt = np.asarray(prompt)
-    if prompt.ndim != 1 or not len(prompt):
+    prompt = token_ids(config, prompt, where)
+    if prompt.ndim != 1:
+        raise UserError(f"{where} is no row of token ids but has the shape {prompt.shape}: prompts are a list of rows")
+    if not len(prompt):
         raise UserError(f"{where} has no tokens: begin it with the token that begins a document, at least")
-    if not np.issubdtype(prompt.dtype, np.integer):
-        raise UserError(f"{where} is not made of token ids but of {prompt.dtype}: encode the text first")
-    for name, ids in ((where, prompt), (f"stop_tokens of {where}", np.asarray(options.stop_tokens, np.int64))):
-        stray = ids[(ids < 0) | (ids >= config.vocab_size)]
-        if len(stray):
-            raise UserError(f"{name} holds token {stray[0]}: ids of this model go from 0 to {config.vocab_size - 1}")
+    token_ids(config, list(options.stop_tokens), f"stop_tokens of {where}")
     wanted = len(prompt) + options.max_new_tokens
     if wanted > config.max_position_embeddings:
         raise UserError(
@@ -104,7 +113,26 @@ def check_prompt(
         )
     if options.stop and tokenizer is None:
         raise UserError("stop strings need a tokenizer; without one give stop_tokens")
-    return prompt.astype(np.int32)
+    stop_ids(options, tokenizer)
+    return prompt
+
+
+def token_ids(config: DeepseekV4Config, tokens: Any, where: str) -> np.ndarray:
+    """Tokens of any shape on the host as int32; `where` names them in errors.
+
+    Raises:
+        UserError: for what is not made of whole numbers, and ids outside the vocabulary.
+    """
+    try:
+        ids = np.asarray(tokens)
+    except ValueError as error:
+        raise UserError(f"{where} is no array of token ids: its rows have different lengths") from error
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"{where} is not made of token ids but of {ids.dtype}: encode the text first")
+    stray = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if len(stray):
+        raise UserError(f"{where} holds token {stray[0]}: ids of this model go from 0 to {config.vocab_size - 1}")
+    return ids.astype(np.int32)
 
 
 def stop_ids(options: GenerateOptions, tokenizer: Tokenizer | None) -> set[int]:
@@ -123,9 +151,16 @@ def stack_settings(rows: Sequence[tuple[float, ...]]) -> Settings:
     return Settings(*(jnp.asarray(column, kind) for column, kind in zip(columns, types, strict=True)))
 
 
-def _check(name: str, value: object, right: bool, wanted: str) -> None:
-    if not right:
-        raise UserError(f"{name} is {value!r}: it must be {wanted}")
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, right: Callable[[Any], Any]) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(map(right, value))
 
 
 GREEDY = GenerateOptions()

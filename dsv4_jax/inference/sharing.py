@@ -26,6 +26,8 @@ from dsv4_jax.errors import UserError
 from dsv4_jax.inference.agents import Agents, Document, padded
 from dsv4_jax.inference.block_pool import BlockPool, OutOfBlocks
 from dsv4_jax.inference.prefix_store import Hit, PrefixStore
+from dsv4_jax.inference.requests import token_ids
+from dsv4_jax.inference.sizes import LEAST_CAPACITY, round_up
 from dsv4_jax.layers.kv_cache import Cache
 
 __all__ = ["Agents", "BlockPool", "Document", "Hit", "OutOfBlocks", "PrefixStore", "fork", "prefill"]
@@ -103,12 +105,12 @@ def prefill(
 
     Raises:
         OutOfBlocks: when the pool has no room for it.
-        UserError: when there are no tokens.
+        UserError: when there are no tokens, or they are none of the model's.
     """
-    tokens = np.asarray(tokens, np.int32)
+    tokens = token_ids(pool.config, tokens, "a document")
     if tokens.ndim != 1 or not len(tokens):
         raise UserError(f"a document is a row of one or more tokens; these have the shape {tokens.shape}")
-    agents = Agents(pool, 1, len(tokens))
+    agents = Agents(pool, 1, round_up(len(tokens), LEAST_CAPACITY))  # whose table is compiled for
     found = store and store.find(pool, tokens, agents.empty_states())
     agents.resume(found, tokens) if found else agents.enter()
     keys = store.keys(pool, tokens) if store else []

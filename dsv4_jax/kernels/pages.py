@@ -87,9 +87,13 @@ class Pages:
         return jnp.where(index < 0, -1, place.reshape(index.shape))
 
     def write(self, index: jax.Array, entries: jax.Array) -> Pages:
-        """Entries [B, T, K] at places `index` [B, T] of each sequence; negative indices are not written."""
-        total = next(iter(self.store.values())).shape[1]
-        column = jnp.clip(index // self.per_block, 0, self.tables.shape[1] - 1)
-        blocks = jnp.where(index < 0, total, jnp.take_along_axis(self.tables, column, 1))
+        """Entries [B, T, K] at places `index` [B, T] of each sequence.
+
+        Negative indices are not written, nor is what the table has no room for: the last block may be shared.
+        """
+        total, columns = next(iter(self.store.values())).shape[1], self.tables.shape[1]
+        column = index // self.per_block
+        known = (column >= 0) & (column < columns)
+        blocks = jnp.where(known, jnp.take_along_axis(self.tables, jnp.clip(column, 0, columns - 1), 1), total)
         encoded = self.storage.encode(entries)
         return replace(self, store=self.pool.write(self.store, encoded, self.layer, blocks, index % self.per_block))

@@ -101,7 +101,7 @@ class Attention(nnx.Module):
             positions = layout.positions if kv.shape[1] > x.shape[1] else None
             branches = [window_attention(q, kv, layout.segment_ids, c.sliding_window, scale, positions)]
         entries = choice = operands = None
-        blocks = layout.blocks.get(self.spec.ratio)
+        blocks = layout.blocks.get(self.spec.compression)
         if blocks is not None:  # else a sliding layer, or a row shorter than one block
             with jax.named_scope("compress"):
                 entries, past = self._compress(x, blocks, options, past, neighbours)

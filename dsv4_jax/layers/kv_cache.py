@@ -98,6 +98,10 @@ class Cache:
         """Tokens that each sequence has room for."""
         return self.tables.shape[1] * self.block_tokens
 
+    def holds(self, counts: jax.Array) -> jax.Array:
+        """Whether each sequence has room for `counts` [B] more tokens: bool [B]."""
+        return self.lengths + counts <= self.capacity
+
     def layer(self, spec: LayerSpec, state: Any, pools: Any, number: jax.Array) -> LayerCache:
         """Layer `number` of its stack as attention sees it, from the layer's state and the stack's pools."""
         pages = {

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4_jax.config import CSA, DeepseekV4Config
+from dsv4_jax.config import CSA, AttentionKind, DeepseekV4Config
 from dsv4_jax.layers.rotary import Rotation, frequencies, rotation
 
 
 class Blocks(NamedTuple):
-    """The compressed entries of one ratio m. T = S // m bounds their number.
+    """The compressed entries of one kind of attention and its ratio m. T = S // m bounds their number.
 
     tokens [B, T, m]: each entry's tokens, or None when entry i simply holds tokens m*i .. m*i+m-1 of its row.
     starts_document [B, T]: the entry has no previous block.
@@ -80,12 +80,12 @@ class Past(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Everything about a batch that does not depend on values: documents, rotations, blocks by ratio."""
+    """All of a batch that does not depend on values: documents, rotations, blocks by `LayerSpec.compression`."""
 
     segment_ids: jax.Array | None  # [B, S]; None when every row is one document
     positions: jax.Array  # [B, S], restarting at each document
     rope: dict[str, Rotation]  # "main" (sliding layers) and "compress" (CSA and HCA layers)
-    blocks: dict[int, Blocks]
+    blocks: dict[tuple[AttentionKind, int], Blocks]
     past: Past | None = None
 
 
@@ -94,13 +94,12 @@ def make_layout(config: DeepseekV4Config, batch: int, length: int, segment_ids: 
     positions = document_positions(batch, length, segment_ids)
     main = frequencies(config.rope_theta, config.qk_rope_head_dim, None)
     compress = frequencies(config.compress_rope_theta, config.qk_rope_head_dim, config.rope_scaling)
-    ratios = sorted({ratio for ratio in config.compress_ratios if 0 < ratio <= length})
     make = _plain_blocks if segment_ids is None else _packed_blocks
     return Layout(
         segment_ids,
         positions,
         {"main": rotation(positions, main), "compress": rotation(positions, compress)},
-        {ratio: make(positions, ratio, compress) for ratio in ratios},
+        {key: make(positions, key[1], compress) for key in _compressions(config) if key[1] <= length},
     )
 
 
@@ -109,14 +108,18 @@ def make_cached_layout(config: DeepseekV4Config, length: int, past: Past) -> Lay
     positions = past.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
     main = frequencies(config.rope_theta, config.qk_rope_head_dim, None)
     compress = frequencies(config.compress_rope_theta, config.qk_rope_head_dim, config.rope_scaling)
-    kinds = sorted(set(zip(config.layer_types, config.compress_ratios, strict=True)))  # every process, the same program
     return Layout(
         None,
         positions,
         {"main": rotation(positions, main), "compress": rotation(positions, compress)},
-        {ratio: _growing_blocks(positions, ratio, kind == CSA, past, compress) for kind, ratio in kinds if ratio},
+        {key: _growing_blocks(positions, key[1], key[0] == CSA, past, compress) for key in _compressions(config)},
         past,
     )
+
+
+def _compressions(config: DeepseekV4Config) -> list[tuple[AttentionKind, int]]:
+    """Each that a layer has, in one order in every process: they then compile the same program."""
+    return sorted({spec.compression for spec in config.layers + config.mtp_layers if spec.ratio})
 
 
 def _growing_blocks(positions: jax.Array, ratio: int, overlap: bool, past: Past, freqs: np.ndarray) -> Blocks:

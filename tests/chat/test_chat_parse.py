@@ -7,7 +7,16 @@ from chat_cases import NASTY, TAME, D, E, answers, assistant, published, user, v
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_jax.chat import CompletionError, Message, StreamParser, encode_messages, parse_completion, prompt_pieces
+from dsv4_jax.chat import (
+    CompletionError,
+    Message,
+    StreamParser,
+    encode_messages,
+    parse_completion,
+    prompt_pieces,
+    stream,
+)
+from dsv4_jax.chat.dsml import read_call
 
 PARAMETER = f'<{D}parameter name="a" string="false">1</{D}parameter>\n'
 CALL = f'<{D}invoke name="f">\n{PARAMETER}</{D}invoke>\n'
@@ -164,6 +173,24 @@ def test_a_stream_gives_text_at_once_and_a_call_when_it_is_closed():
     (event,) = parser.feed(f"</{D}invoke>")
     assert event.kind == "tool_call" and event.call.arguments == '{"a": 1}'
     assert parser.feed(f"\n</{D}tool_calls>{E}") == parser.finish() == []
+
+
+@pytest.mark.parametrize(
+    ("begin", "kinds"),
+    [(f'<{D}parameter name="a" string="true">', ["tool_call"]), (f"junk\n</{D}invoke>\n", ["problem", "content"])],
+    ids=["a parameter", "a broken call"],
+)
+def test_long_calls_are_read_when_something_is_closed_and_not_with_every_piece(begin, kinds, monkeypatch):
+    reads = []
+    monkeypatch.setattr(stream, "read_call", lambda text: reads.append(len(text)) or read_call(text))
+    parser = StreamParser("chat", expect_end=False)
+    assert not parser.feed(f'\n\n<{D}tool_calls>\n<{D}invoke name="f">\n{begin}')
+    assert not any(parser.feed("abcde ", trusted=False) for _ in range(1000))
+    assert len(reads) <= 2 and len(parser._text) < 100
+    pieces = f"</{D}parameter>\n</{D}invoke>\n</{D}tool_calls>"
+    events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+    assert [event.kind for event in events] == kinds and len(reads) <= 6
+    assert "abcde " * 1000 in (events[0].call.arguments if events[0].call else events[1].text)
 
 
 def test_a_parsed_message_goes_back_into_the_conversation():

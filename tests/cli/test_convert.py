@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import dsv4_jax as dsv4
 from dsv4_jax.checkpoint import save
+from dsv4_jax.checkpoint.files import list_tensors
 from dsv4_jax.cli import main
 from dsv4_jax.shapes import flatten
 from dsv4_jax.tokenizer import ByteTokenizer
@@ -66,6 +67,19 @@ def test_the_formats_of_a_policy_can_be_asked_for_in_both_spellings(tmp_path, ca
         np.testing.assert_array_equal(leaf, after[path])
 
 
+@pytest.mark.parametrize("arguments", [[], ["--dtype", "float16"], ["--quantise", "fp8", "--scheme", "transformers"]])
+def test_a_dry_run_of_a_checkpoint_lists_what_is_written(arguments, tmp_path, capsys):
+    assert main(["convert", str(FIXTURE), str(tmp_path / "v4"), "--quantise", "v4"]) == 0
+    capsys.readouterr()
+    for source in (tmp_path / "v4", FIXTURE):
+        assert main(["convert", "--dry-run", str(source), *arguments]) == 0
+        listed = capsys.readouterr().out.splitlines()[:-2]
+        assert main(["convert", str(source), str(tmp_path / f"out of {source.name}"), *arguments]) == 0
+        capsys.readouterr()
+        written = list_tensors(tmp_path / f"out of {source.name}")
+        assert sorted(listed) == sorted(f"{name}  {entry.dtype} {list(entry.shape)}" for name, entry in written.items())
+
+
 @pytest.fixture
 def shards(tmp_path):
     """A model in several files with an index."""
@@ -119,7 +133,7 @@ def test_a_folder_is_converted_with_its_tokenizer(tmp_path, scheme, capsys):
         np.testing.assert_array_equal(leaf, flatten(ours.params)[path])
 
 
-def test_a_training_run_is_converted(tmp_path):
+def test_a_training_run_is_converted(tmp_path, capsys):
     import jax.numpy as jnp
 
     from dsv4_jax.config_json import to_released_json
@@ -134,6 +148,11 @@ def test_a_training_run_is_converted(tmp_path):
     assert found.tokenizer is not None and found.config.torch_dtype == "bfloat16"
     assert found.params["embed"].dtype == jnp.bfloat16 and found.params["hc_head"]["fn"].dtype == jnp.float32
     np.testing.assert_array_equal(found.params["embed"], model.params["embed"].astype(jnp.bfloat16))
+    capsys.readouterr()
+    assert main(["convert", "--dry-run", str(tmp_path / "run"), "--dtype", "bfloat16"]) == 0
+    listed = capsys.readouterr().out.splitlines()[:-2]
+    written = list_tensors(tmp_path / "out")
+    assert sorted(listed) == sorted(f"{name}  {entry.dtype} {list(entry.shape)}" for name, entry in written.items())
 
 
 def test_help_has_examples(capsys):
@@ -151,6 +170,9 @@ def test_help_has_examples(capsys):
         (["--dry-run", "v4-flsh"], "perhaps you meant 'v4-flash'"),
         (["--dry-run", "v4-flash", "--against", "nowhere.json"], "nowhere.json does not exist"),
         ([str(FIXTURE), str(FIXTURE)], "nothing is overwritten"),
+        ([str(FIXTURE), "{out}/a", "--quantise", "v4", "--dtype", "float32"], "the rest is always bfloat16"),
+        (["--dry-run", "nano", "--quantise", "v4", "--dtype", "float32"], "the rest is always bfloat16"),
+        ([str(FIXTURE), "{out}/a", "--step", "3"], "--step is for runs"),
     ],
 )
 def test_requests_that_cannot_be_met_are_answered_in_a_sentence(arguments, message, tmp_path, capsys):

@@ -9,6 +9,9 @@ from support import TINY, random_params
 from dsv4_jax import api, cli
 from dsv4_jax.checkpoint import save
 from dsv4_jax.cli import chat
+from dsv4_jax.cli.generate import log_prob_lines
+from dsv4_jax.errors import UserError
+from dsv4_jax.inference.continuation import Event, TokenLogProb
 from dsv4_jax.tokenizer import ByteTokenizer
 
 BYTES = TINY.replace(vocab_size=288)
@@ -129,9 +132,28 @@ def test_a_conversation_that_fills_the_model_says_so(folder, capsys, monkeypatch
     assert run(capsys, "chat", folder, "--effort", "max")[0] == 2
 
 
+def test_a_refused_message_does_not_join_the_conversation():
+    class Full:
+        config = BYTES
+
+        def stream(self, prompts, options):
+            raise UserError("no room")
+
+    conversation = chat.Conversation(chat.Chat("x"), Full(), ByteTokenizer())
+    with pytest.raises(UserError, match="no room"):
+        list(conversation.answer("Hi"))
+    assert conversation.messages == []
+
+
+def test_tokens_beyond_the_tokenizers_vocabulary_have_a_number():
+    found = TokenLogProb(97, -0.5, ((97, -0.5), (287, -1.0)))
+    [line] = log_prob_lines([Event(0, 0, (97,), log_probs=(found,))], ByteTokenizer())
+    assert line == "[1] 'a' -0.500   of 'a' -0.500, token 287 -1.000"
+
+
 def test_reasoning_is_dimmed_on_a_terminal(capsys, monkeypatch):
-    from dsv4_jax.chat import Event
+    from dsv4_jax.chat import Event as Said
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    chat.show(iter([Event("reasoning", "why"), Event("content", "so"), Event("problem", "odd")]))
+    chat.show(iter([Said("reasoning", "why"), Said("content", "so"), Said("problem", "odd")]))
     assert capsys.readouterr() == (f"{chat.DIM}why{chat.BRIGHT}so\n", "(odd)\n")

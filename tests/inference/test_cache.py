@@ -13,6 +13,7 @@ from support import FIXTURES, TINY, load_fixture, random_params, random_tokens
 from dsv4_jax import model, weights
 from dsv4_jax.analysis.memory import FORMATS, cache_plan
 from dsv4_jax.config import CSA, HCA
+from dsv4_jax.inference.sharing import fork
 from dsv4_jax.layers import kv_cache
 from dsv4_jax.presets import preset
 
@@ -154,6 +155,14 @@ def test_dense_attention_decodes_as_it_trains(tiny):
     assert np.abs(dense - sparse).max() > 1e-2
 
 
+def test_both_kinds_of_compression_may_have_one_ratio():
+    """CSA's blocks overlap and HCA's do not: entries of one ratio are not made of the same tokens."""
+    config = TINY.replace(compress_ratios=(0, 4, 4, 0), layer_types=TINY.layer_types)
+    params, tokens = random_params(config), random_tokens()
+    whole = jax.jit(lambda p, t: model.forward(config, p, t).logits)(params, tokens)
+    close(in_chunks(stepper(config), params, tokens, kv_cache.init_cache(config, 2, 41), 8)[0], whole)
+
+
 def test_mistake_8_turns_of_any_length_add_up_to_one_forward(tiny):
     params, tokens, logits, _ = tiny
     cache, at = kv_cache.init_cache(TINY, 2, 41), 0
@@ -231,6 +240,22 @@ def test_the_mtp_module_with_a_cache_gives_the_training_hidden(tiny):
         ours, cache = draft(params, out.streams, tokens[:, start + 1 : start + 9], out.cache, mtp_length, counts)
         close(ours[:, :5], hidden[:, start : start + 5])
         mtp_length += 5
+
+
+def test_a_row_without_room_is_nan_and_harms_no_other(tiny):
+    params, tokens, logits, _ = tiny
+    step, both = stepper(TINY), np.full(2, 8, np.int32)
+    _, cache = in_chunks(step, params, tokens[:, :16], kv_cache.init_cache(TINY, 2, 24), 8)
+    padded = np.pad(tokens[:, 16:24], ((0, 0), (0, 4)))
+    fits = step(params, padded, cache, np.array([8, 3], np.int32))  # padding needs no room
+    close(fits.logits[0, :8], logits[0, 16:24])
+    close(fits.logits[1, :3], logits[1, 16:19])
+    _, cache = in_chunks(step, params, tokens[:1, :24], kv_cache.init_cache(TINY, 1, 24), 8)
+    pair = fork(cache, 2, 24)  # two full rows, all of whose blocks are shared
+    out = step(params, np.repeat(tokens[:1, 24:32], 2, 0), pair, np.array([8, 0], np.int32))
+    assert np.isnan(out.logits[0]).all() and np.isfinite(out.logits[1]).all()
+    assert same_bits(out.cache.pools, pair.pools)
+    assert np.isnan(step(params, np.repeat(tokens[:1, 24:32], 2, 0), out.cache, both).logits).all()
 
 
 def test_sealed_entries_are_read_and_not_written(tiny):

@@ -14,8 +14,9 @@ from dsv4_jax import model
 from dsv4_jax.api import Model
 from dsv4_jax.errors import UserError
 from dsv4_jax.inference import decoding
-from dsv4_jax.inference.generate import Engine, generate, round_up
+from dsv4_jax.inference.generate import Engine, generate
 from dsv4_jax.inference.requests import GenerateOptions
+from dsv4_jax.inference.sizes import round_up
 from dsv4_jax.inference.stop_strings import ShownText
 from dsv4_jax.tokenizer import BOS, EOS, Tokenizer
 
@@ -183,6 +184,8 @@ def test_sizes_are_rounded_up_to_few():
         ([[]], GenerateOptions(), "prompt 0 has no tokens"),
         ([[1], [64]], GenerateOptions(), "prompt 1 holds token 64: ids of this model go from 0 to 63"),
         ([[-1]], GenerateOptions(), "holds token -1"),
+        (["hello"], GenerateOptions(), "prompt 0 is not made of token ids"),
+        ([1, 2, 3], GenerateOptions(), "prompt 0 is no row of token ids"),
         ([["word"]], GenerateOptions(), "not made of token ids"),
         ([[1]], GenerateOptions(stop_tokens=[99]), "stop_tokens of prompt 0 holds token 99"),
         ([[1] * 10], GenerateOptions(TINY.max_position_embeddings), "prompt 0 has 10 tokens; with max_new_tokens"),
@@ -198,6 +201,10 @@ def test_impossible_requests_are_refused_before_anything_starts(prompts, options
 def test_engines_that_cannot_be_say_so():
     with pytest.raises(UserError, match="stop strings need a tokenizer"):
         Engine(TINY, {}).stream([[1]], GenerateOptions(stop=["a"]))
+    nothing_special = Engine(TINY, {}, Tokenizer([b"a"], {}))
+    with pytest.raises(UserError, match="cannot tell which token is eos"):
+        nothing_special.stream([[1]])
+    nothing_special.stream([[1]], GenerateOptions(ignore_eos=True))
     with pytest.raises(UserError, match="no cache format 'fp3'"):
         Engine(TINY, {}, cache_format="fp3")
     with pytest.raises(UserError, match="prefill_chunk is 0"):

@@ -17,6 +17,7 @@ from support import TINY, random_params, random_tokens
 from dsv4_jax import model
 from dsv4_jax.analysis.memory import cache_plan
 from dsv4_jax.errors import UserError
+from dsv4_jax.inference.agents import _forward_in_place as shared_forward
 from dsv4_jax.inference.digest import params_digest
 from dsv4_jax.inference.prefix_store import BadEntry, PrefixStore, reach
 from dsv4_jax.inference.sharing import Agents, BlockPool, OutOfBlocks, fork, prefill
@@ -253,8 +254,65 @@ def test_requests_that_make_no_sense_are_refused_in_words(params):
         agents.forward(params, np.zeros((1, 1), np.int32), np.array([1]))
     with pytest.raises(UserError, match="one or more tokens"):
         prefilled(pool, params, [])
+    for tokens, words in (([64], "holds token 64"), ([1.5], "not made of token ids"), (["a"], "not made of token ids")):
+        with pytest.raises(UserError, match=words):
+            prefilled(pool, params, tokens)
     with pytest.raises(ValueError, match="free already"):
         pool.release([11])
+
+
+def test_counts_and_tokens_that_cannot_be_are_refused_and_change_nothing(params):
+    pool = pool_of()
+    agents = prefilled(pool, params).fork(2, CAPACITY)
+    free, draft = pool.free, random_tokens(2, seed=6, length=4)
+    for counts in ([9, 1], [1, -3], [1], [1.0, 1.0]):
+        with pytest.raises(UserError, match="counts are"):
+            agents.forward(params, draft, np.array(counts))
+    for tokens, words in ((draft[:1], "shape"), (draft + 61, "holds token"), (draft / 2, "not made of token ids")):
+        with pytest.raises(UserError, match=words):
+            agents.forward(params, tokens)
+    assert pool.free == free and agents.lengths.tolist() == [41, 41]
+    agents.forward(params, np.where([[True], [False]], draft, 99), np.array([4, 0]), keep_all=True)  # padding is free
+    with pytest.raises(UserError, match=r"counts are \[5, 0\]: they go from 0 to \[4, 0\]"):
+        agents.commit(np.array([5, 0]))
+    agents.commit(np.array([4, 0]))
+    assert agents.lengths.tolist() == [45, 41] and len(agents.keep(0).tokens) == 45
+
+
+def test_who_leaves_before_a_commit_takes_no_blocks_along(params):
+    pool = pool_of()
+    document = prefilled(pool, params)
+    agents, before = document.fork(2, CAPACITY), pool.free
+    for _ in range(3):
+        agents.forward(params, random_tokens(2, seed=6, length=8), keep_all=True)
+        agents.leave(1)
+        with pytest.raises(UserError, match="commit the last forward first"):
+            agents.enter(document)  # states have rows for all tokens now
+        agents.commit(np.array([0, 8]))
+        assert agents.lengths.tolist() == [41, 0]
+        agents.forward(params, random_tokens(2, seed=6, length=1), np.array([0, 0]))
+        agents.enter(document)
+    assert pool.free == before - 1  # row 0's copy of the incomplete block
+    agents.leave(0), agents.leave(1), document.close()
+    assert pool.free == BLOCKS
+
+
+def test_block_tables_go_to_the_device_only_when_they_change(params):
+    agents = prefilled(pool_of(), params).fork(2, CAPACITY)
+    agents.forward(params, np.ones((2, 1), np.int32))
+    table, states = agents._held.on_device(), jax.tree.leaves(agents._states)
+    agents.forward(params, np.ones((2, 1), np.int32))
+    assert agents._held.on_device() is table and all(x.is_deleted() for x in states)
+    agents.forward(params, np.ones((2, 8), np.int32))
+    assert agents._held.on_device() is not table
+    np.testing.assert_array_equal(agents._held.on_device(), agents.tables)
+
+
+def test_longer_documents_of_a_bucket_compile_nothing_new(params):
+    prefilled(pool_of(), params)
+    before = shared_forward._cache_size()
+    prefilled(pool_of(), params, np.resize(DOCUMENT, 90))
+    assert shared_forward._cache_size() == before > 0
 
 
 # On disk
@@ -389,11 +447,13 @@ def test_a_full_disk_ends_no_request_and_leaves_no_half_file(params, tmp_path, m
     assert prefilled(pool_of(), params, store=store).hit.stored == 36
 
 
-def test_what_entries_depend_on_makes_other_keys(params, tmp_path):
+def test_what_entries_depend_on_makes_other_keys(params, tmp_path, monkeypatch):
     store = PrefixStore(tmp_path, params)
     pools = [pool_of(), pool_of(format="deployed"), BlockPool(TINY.replace(index_topk=2), 1, "float32"),
              BlockPool(TINY, 1, "float32", attention="dense")]  # fmt: skip
-    assert len({store.keys(pool, DOCUMENT)[0] for pool in pools}) == 4
+    keys = {store.keys(pool, DOCUMENT)[0] for pool in pools}
+    monkeypatch.setattr("dsv4_jax.inference.prefix_store.ENTRIES", 0)  # of other code
+    assert len(keys | {store.keys(pool, DOCUMENT)[0] for pool in pools}) == 8
 
 
 def test_the_digest_of_parameters_sees_every_bit(params):

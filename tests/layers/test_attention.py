@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from support import TINY, blocks_in_order, check_gradients, random_params
 
-from dsv4_jax.config import CSA
+from dsv4_jax.config import CSA, HCA
 from dsv4_jax.layers.attention import Attention, AttentionOptions
 from dsv4_jax.layers.compressor import Compressor
 from dsv4_jax.layers.indexer import Indexer, hadamard
@@ -39,7 +39,7 @@ def test_compressors_pool_their_blocks(ratio, overlap):
     module = Compressor(TINY, ratio, width, overlap, "compressor", nnx.Rngs(0))
     blocks = make_layout(
         TINY.replace(compress_ratios=(0, ratio, ratio, 0), layer_types=TINY.layer_types), 1, LENGTH, None
-    ).blocks[ratio]
+    ).blocks[CSA if overlap else HCA, ratio]
     names, shapes = ("wkv", "wgate", "ape", "norm"), ((32, channels), (32, channels), (ratio, channels), (width,))
     args = [RNG.normal(size=(1, LENGTH, 32)), *(RNG.normal(size=shape) / 3 for shape in shapes)]
     ours = lambda x, *values: merge_into(module, dict(zip(names, values, strict=True)))(x, blocks)  # noqa: E731
@@ -68,7 +68,7 @@ def test_index_scores_and_that_the_indexers_input_is_detached():
     indexer = merge_into(Indexer(TINY, 4, nnx.Rngs(0)), FRESH[index]["indexer"])
     layout = make_layout(TINY, 1, LENGTH, None)
     x, qr = (jnp.asarray(RNG.normal(size=(1, LENGTH, width)), jnp.float32) for width in (32, 12))
-    scores = lambda x, qr: indexer(x, qr, layout.rope["compress"], layout.blocks[4], NONE).scores()  # noqa: E731
+    scores = lambda x, qr: indexer(x, qr, layout.rope["compress"], layout.blocks[CSA, 4], NONE).scores()  # noqa: E731
     stated = oracle.index_scores(*double((x[0], qr[0], FRESH[index]["indexer"])), TINY, 4, COMPRESS)
     np.testing.assert_allclose(jax.jit(scores)(x, qr)[0], stated, rtol=0, atol=1e-5)
     for gradient in jax.jit(jax.grad(lambda *args: scores(*args).sum(), (0, 1)))(x, qr):

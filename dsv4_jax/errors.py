@@ -9,3 +9,13 @@ class UserError(ValueError):
 
 class MissingPackageError(UserError, ImportError):
     """An optional package is needed; the message says how to install it."""
+
+
+def for_people(error: BaseException) -> str | None:
+    """What a person is told of an error instead of a traceback; None for one that is the program's own mistake.
+
+    An error of the system is for people when it names the file: a folder that is none, or that may not be written.
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) if isinstance(error, (UserError, FileNotFoundError, FileExistsError)) else None

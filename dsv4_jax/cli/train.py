@@ -96,7 +96,16 @@ def run(asked: Train, recipe: Recipe) -> None:
     except CheckpointError as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
-        raise UserError(f"interrupted. The same command goes on from the newest checkpoint in {out}") from None
+        raise KeyboardInterrupt(left_in(out)) from None
+
+
+def left_in(out: str) -> str:
+    """What a run that ends early has saved in its folder `out`."""
+    from train.checkpointing import Checkpoints
+    from train.run_folder import RunFolder
+
+    steps = Checkpoints(RunFolder(out).checkpoints).steps
+    return f"The same command goes on from step {steps[-1]:,} in {out}" if steps else "Nothing was saved yet"
 
 
 def show(recipe: Recipe) -> None:

@@ -194,7 +194,7 @@ def _leave(error: BaseException, command: str) -> NoReturn:
     if (told := for_people(error)) is not None:
         words, status = f"{who}: {told}", 2
     elif isinstance(error, KeyboardInterrupt):
-        words, status = f"{who}: interrupted", 130
+        words, status = f"{who}: interrupted{f'. {error}' if str(error) else ''}", 130
     elif _lost(error):
         words = (
             f"{who}: another process of the job has ended or cannot be reached, so this one ends too; the reason is "

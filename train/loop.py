@@ -100,7 +100,7 @@ def _all_stages(
     newest = partial(_newest, checkpoints)
     shown = {"first_step": first, "total_tokens": recipe.tokens, "stream": None if speaks else io.StringIO()}
     shown |= {"watch": run.watch}
-    with Progress(recipe.steps, **shown) as progress, Termination() as termination:
+    with Progress(recipe.steps, **shown) as progress, Termination(lambda text: run.say(text)) as termination:
         run.say = progress.note if speaks else say
         watch = Watch(recipe.stability, run.say, newest)
         while undo is not None or int(state.step) < recipe.steps:

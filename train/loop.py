@@ -70,20 +70,28 @@ def train(
     for stage in recipe.stages:
         run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
     with run.phase("data"):
-        run.say(_headline(recipe, config, folder, resuming))
         store = first_then_others(lambda: open_source(recipe, config, cache))
         check_recall(recipe, store)
         if not resuming and isinstance(store, TokenStore):
             check_vocabulary(recipe, store.tokenizer)
-        folder.begin(recipe, config)
-        from_first(lambda: folder.bind_data(store))
+        run.say(_headline(recipe, config, folder, resuming))
         run.say(f"data: {describe(store)}")
+        if resuming:
+            _bind(run, store)
     with Checkpoints(folder.checkpoints, keep=recipe.cadence.keep) as checkpoints:
         with run.phase("set-up"):
             state, host = _restored_or_new(run, checkpoints)
+            if not resuming:  # now, that what refuses the new run leaves no folder in the way of the next attempt
+                _bind(run, store)
         evaluators = Evaluators(run, store)
         state = _all_stages(run, store, state, host, checkpoints, evaluators)
     return finish(run, store, state.params, evaluators)
+
+
+def _bind(run: Run, store: Source) -> None:
+    """Writes into the run's folder what it was asked for; of a run that goes on, the data has to be the same."""
+    run.folder.begin(run.recipe, run.config)
+    from_first(lambda: run.folder.bind_data(store))
 
 
 def _all_stages(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Something in a configuration, file or request is wrong; the message says what, where, and what would be right."""
@@ -19,3 +22,12 @@ def for_people(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return str(error) if isinstance(error, (UserError, FileNotFoundError, FileExistsError)) else None
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError when nothing can be written into `folder`, which need not be there yet: before hours of work."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be written: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written: {there} is closed to this user")

@@ -10,6 +10,7 @@ import jax
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import to_released_json
+from dsv4_jax.errors import check_writable
 from train.data.manifest import Manifest, require_same_data
 from train.data.tasks.rows import TaskSource
 from train.data.tokens import TokenStore
@@ -36,7 +37,9 @@ class RunFolder:
 
         Raises:
             RecipeError: when it holds a run with other settings, or files that are no run.
+            UserError: when nothing can be written there.
         """
+        check_writable(self.root)
         if not self.root.exists() or not any(self.root.iterdir()):
             return False
         if not self.recipe.is_file():

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.facts import Fact
 
@@ -110,6 +111,15 @@ def find_strategy(name: str) -> Strategy:
         listed = "\n".join(f"  {s.name}: {s.about}" for s in STRATEGIES.values())
         raise UserError(f"there is no strategy {name!r}; there are\n{listed}")
     return STRATEGIES[name]
+
+
+def default_meshes(config: DeepseekV4Config, strategy: Strategy, devices: int) -> list[str]:
+    """Meshes for all devices, best first: one axis, or as many devices as divide the experts and the rest elsewhere."""
+    if strategy.grows != "expert":
+        return [f"{strategy.grows}=-1"]
+    rest = "fsdp" if any("fsdp" in axes for axes in strategy.parameters.values()) else "tensor"
+    fitting = [n for n in range(devices, 0, -1) if devices % n == 0 and config.n_routed_experts % n == 0]
+    return [f"expert={n},{rest}=-1" for n in fitting]
 
 
 def spec(

@@ -23,6 +23,7 @@ from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
 from train.data.tokens import TokenStore, default_cache
 from train.evaluate import Evaluator
+from train.fitting import check_stages
 from train.interruptions import RunLog, Termination
 from train.metrics import Progress, device_peak, measured_matmul_peak
 from train.recipe import Recipe, Stage
@@ -67,8 +68,7 @@ def train(
     folder = RunFolder(out)
     resuming = from_first(lambda: folder.check(recipe))
     run = Run(recipe, config, folder, partition, compiled, watch)
-    for stage in recipe.stages:
-        run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
+    check_stages(recipe, run.plan.placement)
     with run.phase("data"):
         store = first_then_others(lambda: open_source(recipe, config, cache))
         check_recall(recipe, store)

@@ -21,10 +21,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import UserError, for_people
 from sharding.processes import CPU_THREADS, Processes, cpu_threads
 
-FOR_PEOPLE = (UserError, FileNotFoundError, FileExistsError)
 SHUTDOWN_SECONDS = 300  # how long the first process to finish waits for the last
 _LOST = ("gloo", "nccl", "connection reset", "connection closed", "socket closed", "coordination service", "heartbeat")
 
@@ -185,10 +184,10 @@ def _leave(error: BaseException, command: str) -> NoReturn:
     """Says what happened, and ends this process of several without waiting for any other."""
     who = f"dsv4 {command}: process {jax.process_index()} of {jax.process_count()}"
     status = 1
-    if isinstance(error, FOR_PEOPLE):
-        words, status = f"{who}: {error}", 2
+    if (told := for_people(error)) is not None:
+        words, status = f"{who}: {told}", 2
     elif isinstance(error, KeyboardInterrupt):
-        words, status = f"{who}: interrupted", 130
+        words, status = f"{who}: interrupted{f'. {error}' if str(error) else ''}", 130
     elif _lost(error):
         words = (
             f"{who}: another process of the job has ended or cannot be reached, so this one ends too; the reason is "

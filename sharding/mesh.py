@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -61,3 +62,12 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
         raise UserError(
             f"mesh {wanted} does not lie on these devices: each of its axes must be a product of the slice's own axes"
         ) from None
+
+
+def first_mesh(texts: Sequence[str], devices: Sequence[Any]) -> Mesh | None:
+    """The first of the meshes that can be laid along the devices' links; UserError for a text that is no mesh."""
+    for text in texts:
+        sizes = parse_mesh(text, len(devices))
+        with suppress(UserError):
+            return make_mesh(sizes, devices)
+    return None

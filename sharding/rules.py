@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 from dsv4_jax.facts import Fact
 
@@ -128,6 +129,16 @@ def check_axes(strategy: Strategy, sizes: Mapping[str, int]) -> None:
                 f"would repeat the same work. It uses {', '.join(sorted(strategy.axes)) or 'one device'}; strategies "
                 f"that use {axis}: {users}"
             )
+
+
+def default_meshes(config: DeepseekV4Config, strategy: Strategy, devices: int) -> list[str]:
+    """Meshes for all devices, best first: one axis, or as many devices as divide the experts and the rest elsewhere."""
+    if strategy.grows != "expert":
+        return [f"{strategy.grows}=-1"]
+    spread = {axis for axes in strategy.parameters.values() for axis in axes}
+    rest = next((axis for axis in ("fsdp", "tensor") if axis in spread), "data")
+    fitting = [n for n in range(devices, 0, -1) if devices % n == 0 and config.n_routed_experts % n == 0]
+    return [f"expert={n},{rest}=-1" for n in fitting]
 
 
 def spec(

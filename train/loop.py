@@ -24,6 +24,7 @@ from train.checkpointing import CheckpointError, Checkpoints
 from train.data.ahead import ReadAhead
 from train.data.tokens import TokenStore, default_cache
 from train.evaluate import Evaluator
+from train.fitting import check_stages
 from train.interruptions import RunLog, Termination
 from train.metrics import Progress, device_peak, measured_matmul_peak
 from train.recipe import Recipe, Stage
@@ -75,25 +76,32 @@ def _whole(run: Run, cache: str | Path | None) -> dict[str, Any]:
     """`train`, in a folder that no other job writes to."""
     recipe, config, folder = run.recipe, run.config, run.folder
     resuming = from_first(lambda: folder.check(recipe))
-    for stage in recipe.stages:
-        run.plan.placement.check(stage.batch_size // stage.microbatches, stage.sequence_length)
+    check_stages(recipe, run.plan.placement)
     with run.phase("data"):
-        run.say(_headline(recipe, config, folder, resuming))
         store = open_source(recipe, config, cache)
         check_recall(recipe, store)
         if not resuming and isinstance(store, TokenStore):
             check_vocabulary(recipe, store.tokenizer)
-        folder.begin(recipe, config)
-        from_first(lambda: folder.bind_data(store))
+        run.say(_headline(recipe, config, folder, resuming))
         run.say(f"data: {describe(store)}")
         for line in describe_passes(recipe, store):
             run.say(line)
+        if resuming:
+            _bind(run, store)
     with Checkpoints(folder.checkpoints, keep=recipe.cadence.keep) as checkpoints:
         with run.phase("set-up"):
             state, host = _restored_or_new(run, checkpoints)
+            if not resuming:  # now, that what refuses the new run leaves no folder in the way of the next attempt
+                _bind(run, store)
         evaluators = Evaluators(run, store)
         state = _all_stages(run, store, state, host, checkpoints, evaluators)
     return finish(run, store, state.params, evaluators)
+
+
+def _bind(run: Run, store: Source) -> None:
+    """Writes into the run's folder what it was asked for; of a run that goes on, the data has to be the same."""
+    run.folder.begin(run.recipe, run.config)
+    from_first(lambda: run.folder.bind_data(store))
 
 
 def _all_stages(
@@ -110,7 +118,7 @@ def _all_stages(
     newest = partial(_newest, checkpoints)
     shown = {"first_step": first, "total_tokens": recipe.tokens, "stream": None if speaks else io.StringIO()}
     shown |= {"watch": run.watch}
-    with Progress(recipe.steps, **shown) as progress, Termination() as termination:
+    with Progress(recipe.steps, **shown) as progress, Termination(lambda text: run.say(text)) as termination:
         run.say = progress.note if speaks else say
         watch = Watch(recipe.stability, run.say, newest)
         while undo is not None or int(state.step) < recipe.steps:

@@ -17,9 +17,17 @@ from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.lora import Lora
 from dsv4_jax.partition import ALONE, Partition
 from sharding.batch_rows import place_among, rows_of
-from sharding.mesh import make_mesh, parse_mesh
+from sharding.mesh import first_mesh, make_mesh, parse_mesh
 from sharding.partition import MeshPartition
-from sharding.rules import check_axes, check_fit, find_strategy, parameter_shardings, row_shards, spec
+from sharding.rules import (
+    check_axes,
+    check_fit,
+    default_meshes,
+    find_strategy,
+    parameter_shardings,
+    row_shards,
+    spec,
+)
 from train import adapted
 
 Tree = Any
@@ -27,11 +35,11 @@ STEP_READS = ("tokens", "segment_ids", "loss_mask")
 """Of a batch, int32 [B, S] each; the mask is there where not all tokens are targets."""
 
 
-def place(mesh: str | None, strategy: str | None) -> Partition:
+def place(mesh: str | None, strategy: str | None, config: DeepseekV4Config | None = None) -> Partition:
     """How a run lies on this job's devices, from the texts of the command line.
 
     With neither text, one device needs nothing and several share the rows ("fsdp"); with a strategy alone, the axis
-    that the strategy grows takes all devices.
+    that the strategy grows takes all devices, of experts as many as divide those of the config.
 
     Raises:
         UserError: for an unknown strategy or axis, an axis that the strategy does not use, and sizes that are not
@@ -41,6 +49,10 @@ def place(mesh: str | None, strategy: str | None) -> Partition:
     if strategy is None and mesh is None and devices == 1:
         return ALONE
     chosen = find_strategy(strategy or "fsdp")
+    if mesh is None and config is not None:
+        found = first_mesh(default_meshes(config, chosen, devices), jax.devices())
+        if found is not None:
+            return MeshPartition(found, chosen)
     sizes = parse_mesh(mesh or f"{chosen.grows}=-1", devices)
     check_axes(chosen, sizes)
     return MeshPartition(make_mesh(sizes), chosen)

@@ -10,6 +10,7 @@ import jax
 
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import to_released_json
+from dsv4_jax.errors import check_writable
 from dsv4_jax.paths import local_path
 from train.data.manifest import Manifest, require_same_data
 from train.data.tasks.rows import TaskSource
@@ -34,13 +35,19 @@ class RunFolder:
     def check(self, recipe: Recipe) -> bool:
         """Whether the folder holds this very run (to resume); False when it is new or empty. One process asks for all.
 
+        A run that began and did no step is as good as none: it may be replaced.
+
         Raises:
             RecipeError: when it holds a run with other settings, or files that are no run.
+            UserError: when nothing can be written there.
         """
+        check_writable(self.root)
         if not self.root.exists() or all(path.name == LOCK for path in self.root.iterdir()):
             return False
         if not self.recipe.is_file():
             raise RecipeError(f"{self.root} holds files but no recipe.json, so it is no run: give another --out")
+        if self.did_nothing:
+            return False
         old, new = read_json(self.recipe), recipe_to_json(recipe)
         if changed := sorted(differences(fixed(old), fixed(new))):
             raise RecipeError(
@@ -50,8 +57,17 @@ class RunFolder:
             )
         return True
 
+    @property
+    def did_nothing(self) -> bool:
+        """Whether a run wrote what it was asked for (the manifest shows that it was a run), and nothing behind that."""
+        logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        saved = self.checkpoints.exists() and any(self.checkpoints.iterdir())
+        return self.manifest.is_file() and not logged and not saved
+
     def begin(self, recipe: Recipe, config: DeepseekV4Config) -> None:
-        """Writes recipe.json and config.json."""
+        """Writes recipe.json and config.json; the manifest of a run that did nothing goes."""
+        if jax.process_index() == 0 and self.did_nothing:
+            self.manifest.unlink()
         self.write_json("recipe.json", recipe_to_json(recipe))
         self.write_json("config.json", to_released_json(config))
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,13 @@ class StageRun:
         """
         recipe, first = self.shared.recipe, int(state.step)
         stage, end = recipe.stages[index], start + recipe.stages[index].steps
-        step, lines = self.programs.step(stage, state), _Lines(self, index, start)
+        try:
+            step = self.termination.during(lambda: self.programs.step(stage, state))
+        except Terminated as ended:
+            if first > max(self.checkpoints.steps, default=0):
+                self.save(first, state, batches, None)
+            self.end(ended)
+        lines = _Lines(self, index, start)
         anticipation: Anticipation | None = None
         if first == start:
             self.watch.begin_stage()
@@ -168,9 +174,7 @@ class StageRun:
         if saves:
             self.save(done, state, batches, anticipation)
         if asked:
-            self.checkpoints.wait()
-            self.shared.say(f"SIGTERM: saved step {done:,}. The same command goes on from there")
-            raise Terminated
+            self.end(Terminated(asked))
         lines.meter.pause()
         return None
 
@@ -218,6 +222,14 @@ class StageRun:
             host = {"config": config, "data": batches.get_state(), "stability": self.watch.get_state()}
             host |= {"lora": adapted.to_json(self.shared.recipe.lora)} if self.shared.recipe.lora else {}
             self.checkpoints.save(done, state, host)
+
+    def end(self, ended: Terminated) -> NoReturn:
+        """Raises `ended`, having said what is saved."""
+        self.checkpoints.wait()
+        steps, name = self.checkpoints.steps, ended.signal.name
+        saved = f"saved step {steps[-1]:,}. The same command goes on from there" if steps else "nothing was saved yet"
+        self.shared.say(f"{name}: {saved}")
+        raise ended
 
     def saved_before(
         self,

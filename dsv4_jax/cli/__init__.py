@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from dsv4_jax.cli.huge_pages import restart_with_huge_pages
 from dsv4_jax.config_checks import nearest
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import for_people
 
 COMMANDS = {  # name: module, what it does
     "info": (
@@ -48,7 +49,11 @@ EXAMPLES = """  dsv4 info v4-pro
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `dsv4 COMMAND ...`; returns the exit status, 2 for requests that cannot be met."""
+    """Run `dsv4 COMMAND ...`.
+
+    Returns:
+        The exit status: 2 for requests that cannot be met, 130 behind Ctrl-C, 141 when nobody reads on.
+    """
     if arguments is None:  # the command itself, not a caller inside a program
         restart_with_huge_pages()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -63,10 +68,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dsv4: there is no command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
-    except (UserError, FileNotFoundError, FileExistsError) as error:
-        print(f"dsv4 {name}: {error}", file=sys.stderr)
+        return _run(COMMANDS[name][0], rest)
+    except KeyboardInterrupt as error:  # its text, where it has one, says what is left and how to go on
+        print(f"dsv4 {name}: interrupted{f'. {error}' if str(error) else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
+    except Exception as error:
+        if (words := for_people(error)) is None:
+            raise
+        print(f"dsv4 {name}: {words}", file=sys.stderr)
         return 2
+
+
+def _run(module: str, arguments: Sequence[str]) -> int:
+    """The exit status of a command, with all of its output written."""
+    try:
+        return importlib.import_module(module).main(arguments) or 0
+    finally:
+        print(end="", flush=True)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

@@ -70,4 +70,4 @@ def main(arguments: Sequence[str]) -> None:
     except (CheckpointError, DataMismatchError) as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
-        raise UserError(f"interrupted. The same command goes on from there; runs are in {out}") from None
+        raise KeyboardInterrupt(f"The same command goes on from there; runs are in {out}") from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import UserError, check_writable
 from dsv4_jax.paths import local_path
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     out = local_path(asked.out)
     if out.exists() and not asked.force:
         raise FileExistsError(f"{out} is already there: name another page with --out, or replace it with --force")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent} to write the page in")
+    check_writable(out.parent)
     if asked.tokens < 2 or asked.documents < 1:
         raise UserError("--tokens is a number from 2 on, --documents from 1 on")
     for file in asked.text:
@@ -81,9 +84,10 @@ def write(asked: Audit, out: Path) -> None:
     from train.loop import use_compilation_cache
 
     use_compilation_cache()
+    tokenizer = load_tokenizer(asked.tokenizer) if asked.tokenizer else None
     model = load(asked.checkpoint, step=asked.step)
-    if asked.tokenizer:
-        model = Model(model.config, model.params, load_tokenizer(asked.tokenizer))
+    if tokenizer is not None:
+        model = Model(model.config, model.params, tokenizer)
     precision_policy(asked.policy, model.config)  # a mistake is better found now
     named = texts(asked, model)
     log = logging.getLogger(__name__).info

@@ -130,32 +130,19 @@ def _tokens(asked: Compile) -> int:
 
 def find_mesh(asked: Compile, config: DeepseekV4Config, strategy: Strategy, target: Target) -> Mesh:
     """The mesh that was asked for, or the first of `default_meshes` that the machine's wiring allows."""
-    from sharding.mesh import make_mesh, parse_mesh
-    from sharding.rules import check_axes
+    from sharding.mesh import first_mesh, parse_mesh
+    from sharding.rules import check_axes, default_meshes
 
     devices = target.devices()
     texts = [asked.mesh] if asked.mesh else default_meshes(config, strategy, len(devices))
     for text in texts:
-        sizes = parse_mesh(text, len(devices))
-        check_axes(strategy, sizes)
-        try:
-            return make_mesh(sizes, devices)
-        except UserError:
-            continue
+        check_axes(strategy, parse_mesh(text, len(devices)))
+    if (mesh := first_mesh(texts, devices)) is not None:
+        return mesh
     raise UserError(
         f"mesh {texts[0]!r} does not lie on {target.text}: each of its axes must be a product of the slice's axes. "
         "Choose other sizes with --mesh, or another slice"
     )
-
-
-def default_meshes(config: DeepseekV4Config, strategy: Strategy, devices: int) -> list[str]:
-    """Meshes for all devices, best first: one axis, or as many devices as divide the experts and the rest elsewhere."""
-    if strategy.grows != "expert":
-        return [f"{strategy.grows}=-1"]
-    spread = {axis for axes in strategy.parameters.values() for axis in axes}
-    rest = next((axis for axis in ("fsdp", "tensor") if axis in spread), "data")
-    fitting = [n for n in range(devices, 0, -1) if devices % n == 0 and config.n_routed_experts % n == 0]
-    return [f"expert={n},{rest}=-1" for n in fitting]
 
 
 def make_program(asked: Compile, config: DeepseekV4Config, strategy: Strategy, mesh: Mesh, length: int) -> Program:

@@ -14,7 +14,7 @@ from dsv4_jax.checkpoint.storage import Quantise, Spec, count_dtypes, inventory,
 from dsv4_jax.cli.info import find_config, short
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.config_json import has_dspark, read_json
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import UserError, check_writable
 from dsv4_jax.paths import local_path
 
 if TYPE_CHECKING:
@@ -112,7 +112,15 @@ def planned(asked: Convert, source: Path) -> dict[str, Spec]:
 
 
 def write(asked: Convert, out: Path) -> None:
-    """Convert to the folder `out`; says what was written."""
+    """Convert to the folder `out`; says what was written.
+
+    Raises:
+        FileExistsError: when there are files in it: what is there would pass for a part of the model.
+    """
+    check_writable(out)
+    if out.exists() and (there := sorted(path.name for path in out.iterdir())):
+        named = ", ".join(there[:3]) + ", ..." * (len(there) > 3)
+        raise FileExistsError(f"{out} holds {named}: choose a new folder, nothing is overwritten")
     from dsv4_jax.checkpoint import convert, save
 
     source, quantise = local_path(asked.checkpoint), asked.quantise or "none"

@@ -55,15 +55,17 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def find_config(model: str) -> DeepseekV4Config:
-    """The configuration of a preset, a config.json, or a folder that holds one.
+    """The configuration of a preset, a config.json, or a folder that holds one; of a run also by its `checkpoints`.
 
     Raises:
         ConfigError: when it is none of these, or the file is wrong.
     """
     if model in PRESETS:
         return preset(model)
-    if Path(model).exists():
-        return config_from_json(model)
+    if (place := Path(model)).exists():
+        run = place.resolve().parent
+        is_inside_a_run = not (place / "config.json").exists() and (run / "recipe.json").is_file()
+        return config_from_json(run if place.is_dir() and is_inside_a_run else place)
     try:
         return preset(model)
     except ConfigError as error:

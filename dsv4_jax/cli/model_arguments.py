@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from dsv4_jax.config import ConfigError
 from dsv4_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,22 +71,35 @@ class ModelArguments:
             UserError: when there is no such model, or no tokenizer for it.
         """
         from dsv4_jax.api import load
+        from dsv4_jax.cli.info import find_config
         from dsv4_jax.inference.generate import Engine
         from dsv4_jax.quantization.packed import packed_arrays
-        from dsv4_jax.tokenizer import load_tokenizer
         from train.loop import use_compilation_cache
 
         use_compilation_cache()
+        tokenizer = self._own_tokenizer()
         partition, shardings = self._placed()
+        options = {"cache_format": self.cache_format, "speculative": self.speculative, "partition": partition}
+        with suppress(ConfigError):  # a copy of a run's checkpoints has no config.json beside it
+            config = find_config(str(Path(self.checkpoint).expanduser().absolute()))
+            Engine(config, {}, tokenizer, **options)  # refuses before the weights are read
         model = load(self.checkpoint, step=self.step, shardings=shardings, packed=self.weights == "packed")
         if kept := packed_arrays(model.params):
             size = sum(matrix.nbytes for matrix in kept) / 2**20
             print(f"{len(kept)} stacks of matrices stay packed in FP8 or FP4: {size:,.1f} MiB", file=sys.stderr)
-        tokenizer = load_tokenizer(self.tokenizer) if self.tokenizer else model.tokenizer
-        if tokenizer is None:
-            raise UserError(f"there is no tokenizer.json in {self.checkpoint}: name one with --tokenizer")
-        options = {"cache_format": self.cache_format, "speculative": self.speculative, "partition": partition}
+        tokenizer = model.tokenizer if tokenizer is None else tokenizer
+        assert tokenizer is not None
         return Engine(model.config, model.params, tokenizer, **options), tokenizer
+
+    def _own_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that was named, None for what lies beside the checkpoint. Raises UserError without any."""
+        from dsv4_jax.tokenizer import load_tokenizer
+        from train.starting import tokenizer_file
+
+        folder = Path(self.checkpoint).expanduser()
+        if self.tokenizer is None and folder.is_dir() and tokenizer_file(folder) is None:
+            raise UserError(f"there is no tokenizer.json in {self.checkpoint}: name one with --tokenizer")
+        return load_tokenizer(self.tokenizer) if self.tokenizer else None
 
     def _placed(self) -> tuple[Partition, Shardings | None]:
         """The partition, and what gives the shardings of an architecture's parameters, checked; on one device none."""

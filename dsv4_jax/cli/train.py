@@ -53,12 +53,13 @@ class Train:
     cache: str | None = None
     """Where token files and compiled programs are kept; the user's cache folder by default."""
     mesh: str | None = None
-    """Devices by axis, as in "data=2,fsdp=4"; -1 stands for the rest. All devices on the strategy's own axis by
-    default."""
+    """Devices by axis, as in "data=2,fsdp=4"; -1 stands for the rest. By default all devices on the strategy's own
+    axis, on that of experts as many as divide them."""
     strategy: str | None = None
     """How work and weights lie on the mesh: data, fsdp, expert-fsdp, long-context. fsdp on several devices."""
     show: bool = False
-    """Print the resolved recipe as JSON, check it, and stop."""
+    """Print the resolved recipe as JSON, check it, and stop; with --mesh or --strategy also how it lies on devices, of
+    which --cpu-devices says how many there will be."""
     processes: tyro.conf.OmitArgPrefixes[Processes] = Processes()
     """The job that this process belongs to."""
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     settings += [*asked.set, *([f"data.corpus={asked.data}"] if asked.data else [])]
     recipe = find_recipe(asked.name or asked.recipe or "", settings)
     if asked.show:
-        return show(recipe)
+        return show(asked, recipe)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     from sharding.distributed import job
 
@@ -86,23 +87,41 @@ def main(arguments: Sequence[str]) -> None:
 def run(asked: Train, recipe: Recipe) -> None:
     """Train, in this process or as one of several."""
     from train.checkpointing import CheckpointError
+    from train.fitting import training_strategy
     from train.loop import train, use_compilation_cache
     from train.placement import place
 
+    if asked.strategy:
+        training_strategy(asked.strategy)
     use_compilation_cache(asked.cache)
     out = asked.out or f"runs/{recipe.name}"
     try:
-        train(recipe, out, cache=asked.cache, partition=place(asked.mesh, asked.strategy))
+        train(recipe, out, cache=asked.cache, partition=place(asked.mesh, asked.strategy, recipe.check()))
     except CheckpointError as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt:
-        raise UserError(f"interrupted. The same command goes on from the newest checkpoint in {out}") from None
+        raise KeyboardInterrupt(left_in(out)) from None
 
 
-def show(recipe: Recipe) -> None:
+def left_in(out: str) -> str:
+    """What a run that ends early has saved in its folder `out`."""
+    from train.checkpointing import Checkpoints
+    from train.run_folder import RunFolder
+
+    steps = Checkpoints(RunFolder(out).checkpoints).steps
+    return f"The same command goes on from step {steps[-1]:,} in {out}" if steps else "Nothing was saved yet"
+
+
+def show(asked: Train, recipe: Recipe) -> None:
     """Print the recipe with every setting, checked."""
+    from train.fitting import check_on_paper
     from train.recipe import recipe_to_json
 
     recipe.check()
+    devices, placed = asked.processes.cpu_devices, ""
+    if asked.mesh or asked.strategy or devices:
+        placed = check_on_paper(recipe, asked.mesh, asked.strategy, devices)
     print(json.dumps(recipe_to_json(recipe), indent=2))
     print(f"{recipe.steps:,} steps, {recipe.tokens:,} tokens")
+    if placed:
+        print(placed)

@@ -13,7 +13,7 @@ import dsv4_jax as dsv4
 from dsv4_jax.analysis.audit import SHARES, packed, recall_curve
 from dsv4_jax.analysis.audit_page import render
 from dsv4_jax.checkpoint import save
-from dsv4_jax.cli import main
+from dsv4_jax.cli import audit, main
 from dsv4_jax.config import CSA, SLIDING
 
 LENGTH = 20
@@ -113,3 +113,9 @@ def test_requests_that_cannot_be_met(folder, monkeypatch, capsys, arguments, mes
     (folder / "large.txt").write_text("1 64")
     assert main(["audit", "model", *arguments, "--out", "other.html"]) == 2
     assert message in capsys.readouterr().err and not (folder / "other.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_model_is_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "write", lambda *_: pytest.fail("the model was read"))
+    assert main(["audit", str(folder / "model"), "--out", str(folder / "no" / "x.html")]) == 2
+    assert f"there is no folder {folder / 'no'}" in capsys.readouterr().err

@@ -187,3 +187,11 @@ def test_another_architecture_is_refused(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "other"), str(tmp_path / "out")]) == 2
     assert "DeepSeek-V4.1 is another architecture" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    assert main(["convert", "nowhere", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds notes.txt: choose a new folder" in capsys.readouterr().err
+    assert main(["convert", "nowhere", str(tmp_path / "notes.txt" / "x")]) == 2
+    assert f"{tmp_path}/notes.txt is no folder" in capsys.readouterr().err

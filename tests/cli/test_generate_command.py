@@ -84,6 +84,16 @@ def test_the_name_of_a_preset_is_no_model_and_the_error_says_what_to_do(capsys, 
     assert status == 2 and f"{name} is a preset, an architecture without weights; {instead}" in err
 
 
+def test_what_does_not_fit_the_model_is_said_before_its_weights_are_read(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(api, "load", lambda *_, **__: pytest.fail("the weights were read"))
+    assert "from 0 (plain decoding)" in run(capsys, "generate", folder, "--speculative", "99")[2]
+    assert "no tokenizer at" in run(capsys, "generate", folder, "--tokenizer", "none.json")[2]
+    (tmp_path / "config.json").write_text((api.Path(folder) / "config.json").read_text())
+    for command in ("generate", "chat"):
+        status, _, err = run(capsys, command, str(tmp_path))
+        assert status == 2 and "there is no tokenizer.json" in err
+
+
 def test_help_shows_examples(capsys):
     for command in ("generate", "chat"):
         with pytest.raises(SystemExit):

@@ -15,6 +15,15 @@ def test_info_takes_a_preset_a_folder_or_a_file(model, capsys):
     assert "routed experts" in capsys.readouterr().out
 
 
+def test_info_takes_the_checkpoints_of_a_run_but_no_folder_inside_a_model(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text((FIXTURE / "config.json").read_text())
+    assert main(["info", str(tmp_path / "checkpoints")]) == 2
+    (tmp_path / "recipe.json").touch()
+    assert main(["info", str(tmp_path / "checkpoints")]) == 0
+    assert "routed experts" in capsys.readouterr().out
+
+
 def test_info_shows_the_articles_plan_on_request(capsys):
     assert main(["info", "v4-pro", "--csa-per-hca", "3"]) == 0
     assert "10 x (CSA/4, CSA/4, HCA/128)" in capsys.readouterr().out

@@ -46,5 +46,12 @@ def test_text_that_cannot_be_trained_on_is_answered_in_a_sentence(tmp_path, caps
     (tmp_path / "plain.json").write_text(json.dumps(plain))
     where = [part.format(here=tmp_path) for part in ("--data", data, *options)]
     assert main(["train", "nano", *where, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err and "new run" not in said.out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_is_said_before_the_data_is_read(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["train", "nano", "--data", "nowhere", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert f"{tmp_path}/file/run cannot be written: {tmp_path}/file is no folder" in capsys.readouterr().err

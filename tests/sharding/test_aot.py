@@ -19,7 +19,6 @@ from dsv4_jax.analysis.hardware import hardware
 from dsv4_jax.analysis.memory import cache_plan
 from dsv4_jax.cli import compile_programs as programs
 from dsv4_jax.cli import main
-from dsv4_jax.cli.compile import default_meshes
 from dsv4_jax.cli.compile_report import as_json
 from dsv4_jax.config import CSA, HCA
 from dsv4_jax.errors import UserError
@@ -32,7 +31,7 @@ from sharding.hlo import Collective
 from sharding.mesh import make_mesh, parse_mesh
 from sharding.partition import MeshPartition
 from sharding.roofline import wire_bytes
-from sharding.rules import STRATEGIES, check_axes, find_strategy
+from sharding.rules import STRATEGIES, check_axes, default_meshes, find_strategy
 from sharding.targets import parse_target
 
 

@@ -120,6 +120,7 @@ def test_a_run_sets_out_from_these_weights_under_its_own_policy(base, tmp_path, 
     monkeypatch.setattr(loop, "_all_stages", stop)
     with pytest.raises(RecipeError, match=r"vocab_size: 64 there, 384 here"):
         loop.train(find_recipe("nano", settings), tmp_path / "other", cache=tmp_path / "cache")
+    assert not (tmp_path / "other").exists()
     wide = TINY.replace(vocab_size=384)
     params = random_params(wide)
     save(tmp_path / "model", wide, params)

@@ -61,7 +61,7 @@ class Model:
 
         Args:
             params: as `self.params`.
-            tokens: [B, S]. Ids are checked in a list or numpy array; of JAX arrays this would wait for the device.
+            tokens: [B, S]. Ids are checked in lists and numpy arrays; with JAX arrays this would wait for the device.
             cache: what came before. A row that has no room for its tokens comes out as NaN, as do all later ones.
             donate: write the new entries into `cache` itself, which is gone then; without it every call copies the
                 cache, whatever its capacity.
@@ -71,12 +71,15 @@ class Model:
             UserError: for ids outside the vocabulary, and more tokens than an empty row of the cache would hold.
             ValueError: for options that do not go together, as of `dsv4_jax.model.forward`.
         """
-        if not isinstance(tokens, jax.Array):
+        if not any(isinstance(part, jax.Array) for part in jax.tree.leaves(tokens)):
             tokens = token_ids(self.config, tokens, "tokens")
-        if cache is not None and options.get("counts") is None and tokens.shape[-1] > cache.capacity:
-            raise UserError(f"{tokens.shape[-1]} tokens do not fit a cache for {cache.capacity}: make a larger one")
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if tokens.ndim != 2:
+            raise UserError(f"tokens have the shape {tokens.shape}: rows of them are needed, [B, S]")
+        if cache is not None and options.get("counts") is None and tokens.shape[1] > cache.capacity:
+            raise UserError(f"{tokens.shape[1]} tokens do not fit a cache for {cache.capacity}: make a larger one")
         run = _compiled_in_place if donate else _compiled_forward
-        out = run(self.config, params, jnp.asarray(tokens, jnp.int32), cache=cache, **options)
+        out = run(self.config, params, tokens, cache=cache, **options)
         return out if cache is None else (out, out.cache)
 
     def init_cache(self, batch: int, capacity: int, format: str = "float32", blocks: int | None = None) -> Cache:

@@ -56,6 +56,9 @@ def test_tokens_that_cannot_be_are_refused_in_words(model):
         model.forward(model.params, [[1], [2, 3]])
     with pytest.raises(UserError, match="made of token ids"):
         model.forward(model.params, [[1.5]])
+    with pytest.raises(UserError, match=r"shape \(2,\)"):
+        model.forward(model.params, [1, 2])
+    assert jax.eval_shape(lambda one: model.forward(model.params, [[one]]).logits, 1).shape == (1, 1, TINY.vocab_size)
 
 
 def test_what_one_text_cannot_show_is_refused(model):

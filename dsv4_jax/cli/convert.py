@@ -127,9 +127,8 @@ def write(asked: Convert, out: Path) -> None:
     if holds_safetensors(asked, source):
         convert(source, out, asked.scheme, quantise, dtype=asked.dtype)
     else:
-        model = _load_run(asked, source)
-        given = {"dtype": asked.dtype, "tokenizer": model.tokenizer}
-        save(out, model.config, model.params, asked.scheme, quantise, **given)
+        run = _load_run(asked, source)
+        save(out, run.config, run.params, asked.scheme, quantise, dtype=asked.dtype, tokenizer=run.tokenizer)
     files = sorted(out.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(

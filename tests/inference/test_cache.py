@@ -250,6 +250,9 @@ def test_a_row_without_room_is_nan_and_harms_no_other(tiny):
     fits = step(params, padded, cache, np.array([8, 3], np.int32))  # padding needs no room
     close(fits.logits[0, :8], logits[0, 16:24])
     close(fits.logits[1, :3], logits[1, 16:19])
+    one_full = step(params, np.stack([tokens[0, 24:36], tokens[1, 19:31]]), fits.cache, np.array([8, 5], np.int32))
+    assert np.isnan(one_full.logits[0]).all()
+    close(one_full.logits[1, :5], logits[1, 19:24])
     _, cache = in_chunks(step, params, tokens[:1, :24], kv_cache.init_cache(TINY, 1, 24), 8)
     pair = fork(cache, 2, 24)  # two full rows, all of whose blocks are shared
     out = step(params, np.repeat(tokens[:1, 24:32], 2, 0), pair, np.array([8, 0], np.int32))

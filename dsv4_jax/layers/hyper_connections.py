@@ -55,8 +55,8 @@ class HyperConnection(nnx.Module):
         return Maps(pre, post, sinkhorn(comb, self.iters, self.hc_eps))
 
 
-# `partition.token_values(f, whole, *arrays)` calls f(whole, *arrays) with the tokens of all rows in one axis, and gives
-# [B, S, ..] again; on a mesh each device does so with its own tokens.
+# `partition.token_values(f, whole, *arrays)` calls f(whole, *arrays) with arrays [N, ..], the tokens of all rows in one
+# axis, and gives the result as [B, S, ..]. On a mesh each device does so with its own tokens.
 def enter(streams: jax.Array, pre: jax.Array, partition: Partition = ALONE) -> jax.Array:
     """What a sublayer reads, [B, S, D]."""
     return partition.token_values(lambda _, *tokens: read(*tokens), None, streams, pre)

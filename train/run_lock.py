@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dsv4_jax.errors import UserError
+from dsv4_jax.errors import UserError, check_writable
 from sharding.distributed import from_first
 
 try:
@@ -39,7 +39,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     file system has no locks a warning is logged, and the block runs.
 
     Raises:
-        UserError: another job is at work there; with its machine and process.
+        UserError: nothing can be written there, or another job is at work, with its machine and process.
     """
     held: list[int] = []
     made = not folder.exists()
@@ -57,6 +57,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _taken(folder: Path) -> list[int]:
     """The lock's file, open; nothing where there are no locks."""
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, last = folder / LOCK, time.monotonic() + LEASE
     while True:

@@ -6,6 +6,7 @@ import pytest
 
 from dsv4_jax.cli import main
 from dsv4_jax.errors import UserError
+from train import loop, placement
 from train.fitting import check_on_paper, training_strategy
 from train.recipe import RecipeError, find_recipe
 
@@ -68,3 +69,16 @@ def test_show_says_which_devices_it_checked(capsys):
     assert json.loads(shown + "}") and words.endswith("fits 16 devices, fsdp=2 x expert=8, strategy expert-fsdp\n")
     assert main(["train", "mini", "--strategy", "expert-fsdp", "--show"]) == 0
     assert "was not checked: say how many with --cpu-devices" in capsys.readouterr().out
+
+
+def test_training_spreads_experts_over_as_many_devices_as_divide_them(monkeypatch, tmp_path, capsys):
+    """On 64 devices that are not here: what is laid on them, and whether training is reached."""
+    laid = []
+    monkeypatch.setattr(placement.jax, "device_count", lambda: 64)
+    monkeypatch.setattr(placement, "first_mesh", lambda texts, _: texts[0])
+    monkeypatch.setattr(loop, "train", lambda *_, partition, **__: laid.append(partition.mesh))
+    monkeypatch.setattr(loop, "use_compilation_cache", lambda _: None)
+    assert main(["train", "small", "--strategy", "expert-fsdp", "--out", str(tmp_path)]) == 0
+    assert laid == ["expert=16,fsdp=-1"]
+    assert main(["train", "small", "--strategy", "expert-tensor", "--out", str(tmp_path)]) == 2
+    assert "is for inference" in capsys.readouterr().err and len(laid) == 1

@@ -165,6 +165,7 @@ def parse_target(text: str) -> Target:
 def prepare() -> None:
     """Make the compilers quiet and content without hardware. Call it before jax computes anything."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a cloud which TPU this is
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # nor which machines are in its slice
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so nobody has to wait for it
     for name in ("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"):
         os.environ.setdefault(name, "3")

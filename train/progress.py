@@ -137,8 +137,8 @@ class Progress:
             _labelled("answers {:.1%}", line, "task_accuracy"),
             _labelled("far {:.1%}", line, "task_far"),
             _labelled("{:,.0f} tokens/s", line, "tokens_per_s"),
-            f"MFU {'unknown' if line.get('mfu') is None else format(line['mfu'], '.1%')}",
-            f"{_duration(self.seconds_left(line))} left",
+            _labelled("MFU {:.1%}", line, "mfu"),
+            _time_left(self.seconds_left(line)),
         ]
         return " | ".join(part for part in parts if part)
 
@@ -236,9 +236,11 @@ def _labelled(form: str, line: Mapping[str, Any], name: str) -> str | None:
     return None if line.get(name) is None else form.format(line[name])
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return "unknown time"
+def _time_left(seconds: float | None) -> str | None:
+    return None if seconds is None or not math.isfinite(seconds) else f"{_duration(seconds)} left"
+
+
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

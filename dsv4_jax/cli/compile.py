@@ -14,8 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from dsv4_jax.cli.info import find_config
-from dsv4_jax.cli.plan import parse_tokens
+from dsv4_jax.cli.info import find_config, parse_tokens
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError, how_to_install
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from dsv4_jax.analysis import count
 from dsv4_jax.analysis.memory import CachePlan, cache_plan
 from dsv4_jax.config import ConfigError, DeepseekV4Config
 from dsv4_jax.config_json import config_from_json
+from dsv4_jax.errors import UserError
 from dsv4_jax.presets import PRESETS, article_plan, preset
 
 DESCRIPTION = """Print the layer plan, exact total and activated parameters per component, and the cache size.
@@ -22,7 +24,7 @@ DESCRIPTION = """Print the layer plan, exact total and activated parameters per 
 Examples:
   dsv4 info v4-pro
   dsv4 info nano --csa-per-hca 3
-  dsv4 info v4-pro --context 1048576 --agents 10
+  dsv4 info v4-pro --context 1M --agents 10
   dsv4 info path/to/config.json
   dsv4 info path/to/model-folder"""
 
@@ -35,8 +37,8 @@ class Info:
     """A preset (v4-pro, v4-flash, nano, mini, small), a config.json, or a folder that holds one."""
     csa_per_hca: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Show the article's layer plan with this many CSA layers per HCA layer instead of the model's own."""
-    context: Annotated[int | None, tyro.conf.arg(metavar="TOKENS")] = None
-    """Also show what the cache of a document of this many tokens weighs, in the deployed format."""
+    context: Annotated[str | None, tyro.conf.arg(metavar="TOKENS")] = None
+    """Also show what the cache of a document of so many tokens weighs, in the deployed format: a number, 128K or 1M."""
     agents: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N")] = (1, 10, 100)
     """With --context: numbers of agents that share the document."""
 
@@ -49,9 +51,22 @@ def main(arguments: Sequence[str]) -> None:
         config = article_plan(config, asked.csa_per_hca)
     show(asked.model, config, Console())
     if asked.context is not None:
-        if asked.context < 1 or min(asked.agents, default=1) < 1:
-            raise ConfigError("--context and --agents are numbers from 1 on")
-        show_agents(cache_plan(config), asked.context, asked.agents, Console())
+        if min(asked.agents, default=1) < 1:
+            raise ConfigError("--agents are numbers from 1 on")
+        show_agents(cache_plan(config), parse_tokens(asked.context), asked.agents, Console())
+
+
+def parse_tokens(text: str) -> int:
+    """`1M` as 1,048,576, `128K` as 131,072, `200_000` and `200000` as they are.
+
+    Raises:
+        UserError: for anything else, and for 0.
+    """
+    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKmM]?)", text.strip())
+    number = float(re.sub("[_,]", "", found[1])) * 1024 ** " KM".index(found[2].upper() or " ") if found else 0.0
+    if number < 1 or number % 1:
+        raise UserError(f"--context {text!r} is no number of tokens: write 200000, 128K (x 1,024) or 1M (x 1,048,576)")
+    return int(number)
 
 
 def find_config(model: str) -> DeepseekV4Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from dsv4_jax.analysis.memory import cache_parts
 from dsv4_jax.analysis.serving import Serving, v4_serving
 from dsv4_jax.analysis.sizing import HOURS_PER_MONTH, Bounds, Prices, decode_bounds, fit
 from dsv4_jax.analysis.weight_bytes import WEIGHTS, Weights, check_weights, weight_parts
-from dsv4_jax.cli.info import find_config, short, weight
+from dsv4_jax.cli.info import find_config, parse_tokens, short, weight
 from dsv4_jax.config import DeepseekV4Config
 from dsv4_jax.errors import UserError
 
@@ -127,19 +126,6 @@ def check(asked: Plan) -> Deployment:
     return Deployment(asked.model, find_config(asked.model), context, asked, hardware(asked.hardware), prices)
 
 
-def parse_tokens(text: str) -> int:
-    """`1M` as 1,048,576, `128K` as 131,072, `200_000` and `200000` as they are.
-
-    Raises:
-        UserError: for anything else, and for 0.
-    """
-    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?)([kKmM]?)", text.strip())
-    number = float(re.sub("[_,]", "", found[1])) * 1024 ** " KM".index(found[2].upper() or " ") if found else 0.0
-    if number < 1 or number % 1:
-        raise UserError(f"--context {text!r} is no number of tokens: write 200000, 128K (x 1,024) or 1M (x 1,048,576)")
-    return int(number)
-
-
 def show(plan: Deployment, console: Console) -> None:
     """Print everything."""
     asked, chip = plan.asked, plan.chip
@@ -150,6 +136,7 @@ def show(plan: Deployment, console: Console) -> None:
         f"in BF16, {chip.fp8_flops / 1e12:,.0f} in FP8, {chip.chips_per_host} per host",
         highlight=False,
     )
+    console.print(answer(plan), highlight=False)
     if plan.context > plan.config.max_position_embeddings:
         most = plan.config.max_position_embeddings
         console.print(f"[yellow]the model was made for {most:,} tokens at most[/yellow]", highlight=False)
@@ -158,6 +145,18 @@ def show(plan: Deployment, console: Console) -> None:
     show_claims(plan, console)
     console.print(
         "\n[bold]assumptions[/bold]", *(f"- {line}" for line in claims.ASSUMPTIONS), sep="\n", highlight=False
+    )
+
+
+def answer(plan: Deployment) -> str:
+    """What most people ask: how many machines, and how fast they can be at most."""
+    asked, chip = plan.asked, plan.chip
+    serving = plan.served(asked.weights)
+    wanted, bounds = fit(serving.resident(asked.batch), chip, asked.reserve), plan.bounds(serving, asked.batch)
+    bound = "memory" if bounds.memory > bounds.compute else "compute"
+    return (
+        f"[bold]weights and caches need {weight(int(wanted.bytes))}: {wanted.chips:,} x {chip.name} ({wanted.hosts:,} "
+        f"host{'s' * (wanted.hosts > 1)}); at most {bounds.tokens:,.0f} tokens/s, bound by {bound}[/bold]"
     )
 
 

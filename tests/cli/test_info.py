@@ -30,7 +30,7 @@ def test_info_shows_the_articles_plan_on_request(capsys):
 
 
 def test_info_says_what_agents_over_one_document_weigh(capsys):
-    assert main(["info", "v4-pro", "--context", "1048576", "--agents", "10", "100"]) == 0
+    assert main(["info", "v4-pro", "--context", "1M", "--agents", "10", "100"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     # 643,033 bytes per block of 128 tokens, 8,192 of them; 4.6 MB of windows and 18.7 MB of tails.
     assert "5.27 GB of blocks once, 23.3 MB of state per agent" in out

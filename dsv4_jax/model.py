@@ -160,7 +160,7 @@ def forward(
             statistics. None: every row is one document. Padding is exact on either side.
         expert_ids: int32 [B, S, L, k], the experts that the L learned routers (the MTP block's last, if it runs) are
             to use instead of their own choice, weighted by their own scores; `segments.learned_choices` makes it.
-        cache: what came before: the tokens go on from there (see `init_cache`), and `Output.cache` holds them too.
+        cache: what came before (see `init_cache`); `Output.cache` holds the tokens too. Rows without room are NaN.
         counts: with a cache, how many tokens of each row are real, [B]; the rest is padding behind them. Default: all.
         attention: "sparse" (the indexer chooses), "dense" (all visible entries), "approximate" (it chooses nearly).
         dtype: compute dtype; the parameters' own by default. mHC, routing and compressor pooling stay float32.
@@ -292,8 +292,7 @@ def _describe(
 
 def abstract(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.Module:
     """A block (or the ends, for None) with shapes and no arrays."""
-    make = lambda: Ends(config, nnx.Rngs(0)) if spec is None else Block(config, spec, nnx.Rngs(0))  # noqa: E731
-    return nnx.eval_shape(make)
+    return nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0)) if spec is None else Block(config, spec, nnx.Rngs(0)))
 
 
 def _graph(config: DeepseekV4Config, spec: LayerSpec | None) -> nnx.GraphDef:

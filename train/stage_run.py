@@ -150,8 +150,7 @@ class StageRun:
                     undo = self.to_undo(lines.push(done, metrics))
             except DataSourceError as error:
                 raise self.saved_before(error, done - 1, state, batches, lines, anticipation) from error
-            undo = undo or self.after_step(done, state, batches, lines, anticipation)
-            if undo is not None:
+            if (undo := undo or self.after_step(done, state, batches, lines, anticipation)) is not None:
                 return state, undo
         return state, None
 
@@ -166,9 +165,8 @@ class StageRun:
         if not (looks or saves or ends):
             return None
         with self.shared.phase("training"):
-            undo = self.to_undo(lines.flush())
-        if undo is not None:
-            return undo
+            if (undo := self.to_undo(lines.flush())) is not None:
+                return undo
         if looks:
             self.evaluate(done, state, stage)
         if saves:

@@ -124,14 +124,14 @@ class StageRun:
             UnstableError, DataSourceError, DiskError, CheckpointError, Terminated: see there.
         """
         recipe, first = self.shared.recipe, int(state.step)
-        stage, end = recipe.stages[index], start + recipe.stages[index].steps
+        stage = recipe.stages[index]
         try:
             step = self.termination.during(lambda: self.programs.step(stage, state))
         except Terminated as ended:
             if first > max(self.checkpoints.steps, default=0):
                 self.save(first, state, batches, None)
             self.end(ended)
-        lines = _Lines(self, index, start)
+        lines, end = _Lines(self, index, start), start + stage.steps
         anticipation: Anticipation | None = None
         if first == start:
             self.watch.begin_stage()

@@ -151,7 +151,7 @@ def show(plan: Deployment, console: Console) -> None:
 def answer(plan: Deployment) -> str:
     """What most people ask: how many machines, and how fast they can be at most."""
     asked, chip = plan.asked, plan.chip
-    serving = plan.served(asked.weights)
+    serving = plan.own
     wanted, bounds = fit(serving.resident(asked.batch), chip, asked.reserve), plan.bounds(serving, asked.batch)
     bound = "memory" if bounds.memory > bounds.compute else "compute"
     return (

@@ -166,25 +166,31 @@ def test_a_job_survives_a_kill_and_goes_on_as_4_then_2_processes_then_1_with_the
         np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=TOLERANCE, err_msg=name)
 
 
-def test_two_processes_whose_rows_lie_apart_train_as_one(home, whole):
-    """As on a TPU slice, where a mesh follows the wiring."""
-    script, port = [sys.executable, str(ROOT / "tests" / "wiring.py")], free_port()
-    options = arguments(home, "--strategy", "fsdp", "--mesh", "fsdp=4", "--set", "stages.dense.steps=6")
-    options[options.index("--out") + 1] = str(home / "apart")
-    logs = [home / f"apart-{number}.txt" for number in range(2)]
+def both_end_well(out, script, options):
+    """What two processes of two devices said in a run in folder `out`; `script` is one of tests/, with arguments."""
+    port, logs = free_port(), [out.with_name(f"{out.name}-{number}.txt") for number in range(2)]
+    options[options.index("--out") + 1] = str(out)
     two = [
         subprocess.Popen(
-            [*script, *options], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
+            [sys.executable, str(ROOT / "tests" / script[0]), *script[1:], *options],
+            cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
             env=environment(2, i, port, devices=2) | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)},
         )
         for i, log in enumerate(logs)
     ]  # fmt: skip
     try:
-        ends = [process.wait(timeout=300) for process in two]
+        ends = [process.wait(timeout=600) for process in two]
     finally:
         for process in two:
             process.kill()
     assert ends == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return logs
+
+
+def test_two_processes_whose_rows_lie_apart_train_as_one(home, whole):
+    """As on a TPU slice, where a mesh follows the wiring."""
+    options = arguments(home, "--strategy", "fsdp", "--mesh", "fsdp=4", "--set", "stages.dense.steps=6")
+    both_end_well(home / "apart", ["wiring.py"], options)
     found, wanted = values(home / "apart", "loss"), values(whole, "loss")
     assert sorted(found) == list(range(1, 7))
     for step in range(1, 5):  # behind them the learning rate falls
@@ -202,24 +208,9 @@ def test_two_processes_undo_a_spike_and_route_ahead_as_one_does(home, monkeypatc
     monkeypatch.setattr(stage_run.Programs, "step", spoilt_after({SPIKE_AT - 1}))
     train(find_recipe(home / "tiny.json", settings), home / "spiked-alone", cache=home / "cache")
     options = [*arguments(home, "--strategy", "expert-fsdp", "--mesh", "expert=2,fsdp=2")]
-    options[options.index("--out") + 1] = str(home / "spiked")
     options += [word for setting in settings for word in ("--set", setting)]
-    script, port = [sys.executable, str(ROOT / "tests" / "faults.py"), str(SPIKE_AT - 1)], free_port()
-    logs = [home / f"spiked-{number}.txt" for number in range(2)]
-    two = [
-        subprocess.Popen(
-            [*script, *options], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
-            env=environment(2, i, port, devices=2) | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)},
-        )
-        for i, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        ends = [process.wait(timeout=600) for process in two]
-    finally:
-        for process in two:
-            process.kill()
+    logs = both_end_well(home / "spiked", ["faults.py", str(SPIKE_AT - 1)], options)
     said = logs[0].read_text()
-    assert ends == [0, 0], said[-3000:]
     assert f"loss spike at step {SPIKE_AT}" in said and "back to the checkpoint of step 5" in said
     assert "back to standard training" in said and "spike" not in logs[1].read_text(), "only process 0 speaks"
     folders = [home / name for name in ("spiked", "spiked-alone")]
